@@ -1,0 +1,1 @@
+"""The numbers of a model, without torch: configuration, presets, layer schedule and tensors."""

@@ -1,0 +1,13 @@
+"""swiglu: the clamped gated activation of every expert (architecture.md 2.10)."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from abyssal.kernels.precision import wide
+
+
+def swiglu(gate: Tensor, up: Tensor, limit: float) -> Tensor:
+    """silu(min(gate, limit)) * clamp(up, -limit, limit), in float32 (float64 for float64)."""
+    return F.silu(wide(gate).clamp(max=limit)) * wide(up).clamp(-limit, limit)

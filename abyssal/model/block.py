@@ -1,0 +1,55 @@
+"""A block: attention and MoE, each between two mixes of the residual streams (architecture.md 2.1)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+
+from abyssal.arch.config import ModelConfig
+from abyssal.kvcache.sequence import LayerCache
+from abyssal.model.attention import Attention
+from abyssal.model.mhc import Site, site_parameters
+from abyssal.model.moe import MoE
+from abyssal.model.norm import RMSNorm
+from abyssal.model.rope import Rope
+from abyssal.model.span import Span
+from abyssal.quant.numerics import Numerics
+
+
+class Block(nn.Module):
+    """One layer of the backbone, or the body of an MTP block.
+
+    Args:
+        config: the model's numbers.
+        ratio: the layer's compression ratio.
+        hashed: True if experts are chosen by token id.
+        numerics: which roundings are simulated.
+    """
+
+    def __init__(self, config: ModelConfig, ratio: int, hashed: bool, numerics: Numerics):
+        super().__init__()
+        self.config = config
+        self.ratio = ratio
+        self.hc_attn_fn, self.hc_attn_base, self.hc_attn_scale = site_parameters(config)
+        self.hc_ffn_fn, self.hc_ffn_base, self.hc_ffn_scale = site_parameters(config)
+        self.attn_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.ffn_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.attn = Attention(config, ratio, numerics)
+        self.ffn = MoE(config, hashed, numerics)
+
+    def forward(
+        self,
+        streams_TND: Tensor,
+        ids_T: Tensor,
+        spans: Sequence[Span],
+        caches: Sequence[LayerCache],
+        rope: Rope,
+    ) -> Tensor:
+        """streams_TND -> streams_TND; this layer's caches are advanced by the tokens of their spans."""
+        site = Site(self.config, self.hc_attn_fn, self.hc_attn_base, self.hc_attn_scale)
+        x_TD, post, mix = site.enter(streams_TND)
+        streams_TND = site.leave(self.attn(self.attn_norm(x_TD), spans, caches, rope), streams_TND, post, mix)
+        site = Site(self.config, self.hc_ffn_fn, self.hc_ffn_base, self.hc_ffn_scale)
+        x_TD, post, mix = site.enter(streams_TND)
+        return site.leave(self.ffn(self.ffn_norm(x_TD), ids_T), streams_TND, post, mix)

@@ -1,0 +1,129 @@
+"""DeepSeekMoE: a router, routed experts and one shared expert (paper 2.1, architecture.md 2.10)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from abyssal.arch.config import ModelConfig
+from abyssal.kernels.linear import linear
+from abyssal.kernels.precision import wide
+from abyssal.kernels.router import router_weights
+from abyssal.kernels.swiglu import swiglu
+from abyssal.model.linear import ACTIVATION_BLOCK, QuantLinear, WideLinear
+from abyssal.quant.fp8 import fake_fp8
+from abyssal.quant.numerics import Numerics
+
+
+class Gate(WideLinear):
+    """Chooses K experts for each token: by score, or in the first blocks by the token's id.
+
+    Attributes:
+        bias: [E], moves the choice and never the weights; None in hash-routed blocks.
+        tid2eid: [V, K], the fixed table of a hash-routed block, else None.
+    """
+
+    bias: nn.Parameter | None
+    tid2eid: Tensor | None
+
+    def __init__(self, config: ModelConfig, hashed: bool):
+        super().__init__(config.hidden_size, config.n_routed_experts)
+        self.config = config
+        K, E = config.num_experts_per_tok, config.n_routed_experts
+        self.register_parameter("bias", None if hashed else nn.Parameter(torch.zeros(E), requires_grad=False))
+        table = torch.zeros(config.vocab_size, K, dtype=torch.int64) if hashed else None
+        self.register_buffer("tid2eid", table)
+
+    def route(self, x_TD: Tensor, ids_T: Tensor) -> tuple[Tensor, Tensor]:
+        """Weights [T, K] in float32, which sum to `routed_scaling_factor`, and expert numbers [T, K]."""
+        logits = self.forward(x_TD)
+        chosen = None if self.tid2eid is None else self.tid2eid[ids_T].long()
+        return router_weights(
+            logits, self.bias, chosen, self.config.num_experts_per_tok, self.config.routed_scaling_factor
+        )
+
+
+class Experts(nn.Module):
+    """The routed experts, stacked: w1 (gate) and w3 (up) [E, F, D], w2 (down) [E, D, F].
+
+    A weight may be packed FP4 or FP8 with its scales in `w1_scale` and so on. `expert` is the one place
+    that looks a weight up, so that a subclass can read it from disk instead.
+    """
+
+    w1_scale: Tensor | None
+    w2_scale: Tensor | None
+    w3_scale: Tensor | None
+
+    def __init__(self, config: ModelConfig, numerics: Numerics):
+        super().__init__()
+        self.config = config
+        self.numerics = numerics
+        E, D, width = config.n_routed_experts, config.hidden_size, config.moe_intermediate_size
+        self.w1 = nn.Parameter(torch.empty(E, width, D))
+        self.w2 = nn.Parameter(torch.empty(E, D, width))
+        self.w3 = nn.Parameter(torch.empty(E, width, D))
+        for name in ("w1_scale", "w2_scale", "w3_scale"):
+            self.register_buffer(name, None)
+
+    def expert(self, number: int, name: str) -> tuple[Tensor, Tensor | None]:
+        """The stored weight of one expert and its scale; `name` is w1, w2 or w3."""
+        scale = getattr(self, f"{name}_scale")
+        return getattr(self, name)[number], None if scale is None else scale[number]
+
+    def forward(self, x_TD: Tensor, weights_TK: Tensor, chosen_TK: Tensor) -> Tensor:
+        """Weighted sum of each token's experts, [T, D] in float32 (float64 for float64)."""
+        tokens, K = chosen_TK.shape
+        if self.numerics.activations:
+            x_TD = fake_fp8(x_TD, ACTIVATION_BLOCK)
+        by_expert = chosen_TK.flatten().sort(stable=True)
+        rows = by_expert.indices // K
+        gains = weights_TK.flatten()[by_expert.indices]
+        counts = torch.bincount(by_expert.values, minlength=self.config.n_routed_experts).tolist()
+        parts, first = [], 0
+        for number, count in enumerate(counts):
+            if count:
+                part = slice(first, first + count)
+                parts.append(self._one(number, x_TD[rows[part]], gains[part]))
+                first += count
+        # every token adds its experts in rising order, whatever else is in the batch
+        total = wide(x_TD).new_zeros(tokens, x_TD.shape[1])
+        return total.index_add(0, rows, torch.cat(parts))
+
+    def _one(self, number: int, x: Tensor, gain: Tensor) -> Tensor:
+        up, gate = linear(x, *self.expert(number, "w3")), linear(x, *self.expert(number, "w1"))
+        a = swiglu(gate, up, self.config.swiglu_limit) * gain.unsqueeze(-1)  # before the cast and before w2
+        a = a.to(x.dtype)
+        if self.numerics.activations:
+            a = fake_fp8(a, ACTIVATION_BLOCK)
+        return wide(linear(a, *self.expert(number, "w2")))
+
+
+class SharedExpert(nn.Module):
+    """The expert that every token passes; clamped like the routed ones (trap 15)."""
+
+    def __init__(self, config: ModelConfig, numerics: Numerics):
+        super().__init__()
+        D, width = config.hidden_size, config.moe_intermediate_size * config.n_shared_experts
+        self.limit = config.swiglu_limit
+        self.w1 = QuantLinear(D, width, numerics)
+        self.w2 = QuantLinear(width, D, numerics)
+        self.w3 = QuantLinear(D, width, numerics)
+
+    def forward(self, x_TD: Tensor) -> Tensor:
+        """x [T, D] -> [T, D], same dtype."""
+        return self.w2(swiglu(self.w1(x_TD), self.w3(x_TD), self.limit).to(x_TD.dtype))  # type: ignore[no-any-return]
+
+
+class MoE(nn.Module):
+    """Routed experts plus the shared one; the sum is taken in float32."""
+
+    def __init__(self, config: ModelConfig, hashed: bool, numerics: Numerics):
+        super().__init__()
+        self.gate = Gate(config, hashed)
+        self.experts = Experts(config, numerics)
+        self.shared_experts = SharedExpert(config, numerics)
+
+    def forward(self, x_TD: Tensor, ids_T: Tensor) -> Tensor:
+        """x [T, D] and token ids [T] (hash routing) -> [T, D], same dtype."""
+        routed = self.experts(x_TD, *self.gate.route(x_TD, ids_T))
+        return (routed + wide(self.shared_experts(x_TD))).to(x_TD.dtype)

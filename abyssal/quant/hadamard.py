@@ -1,0 +1,23 @@
+"""The Walsh-Hadamard transform of the indexer (architecture.md 2.7)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def hadamard(x: Tensor) -> Tensor:
+    """Sylvester-ordered transform of the last dimension, times its length ** -0.5; its own inverse.
+
+    Raises:
+        ValueError: the last dimension is not a power of two.
+    """
+    size = x.shape[-1]
+    if size & (size - 1) or not size:
+        raise ValueError(f"a Hadamard transform needs a power of two, got {size} values")
+    out, half = x, 1
+    while half < size:
+        pairs = out.unflatten(-1, (-1, 2, half))
+        out = torch.stack([pairs[..., 0, :] + pairs[..., 1, :], pairs[..., 0, :] - pairs[..., 1, :]], dim=-2).flatten(-3)
+        half *= 2
+    return out * size**-0.5
