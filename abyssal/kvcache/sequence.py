@@ -9,6 +9,7 @@ from torch import Tensor
 
 from abyssal.arch.config import ModelConfig
 from abyssal.arch.schedule import LayerKind
+from abyssal.kernels.precision import wide_dtype
 from abyssal.kvcache.codec import Codec
 from abyssal.kvcache.store import GrowingStore, SlidingStore
 from abyssal.kvcache.tail import Tail, TailSnapshot
@@ -52,7 +53,7 @@ class LayerCache:
     ):
         C, R = config.head_dim, config.qk_rope_head_dim
         entry = Codec("entry", numerics.entries, C, R, dtype)
-        tail_dtype = dtype if dtype == torch.float64 else torch.float32
+        tail_dtype = wide_dtype(dtype)
         overlap = LayerKind.of(ratio) is LayerKind.CSA
         self.window = SlidingStore(entry, batch, config.sliding_window, device)
         self.compressed: CompressedState | None = None

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from abyssal.arch.config import ModelConfig, RopeScaling
+from abyssal.kernels.precision import wide_dtype
 from abyssal.kernels.rotary import rotations
 
 
@@ -51,8 +52,8 @@ class Rope:
     """
 
     def __init__(self, config: ModelConfig, ratio: int, dtype: torch.dtype):
-        precision = torch.float64 if dtype == torch.float64 else torch.float32
-        self.frequencies = torch.tensor(frequencies(config, ratio), dtype=precision)
+        # on the CPU even where the model is being built on the meta device
+        self.frequencies = torch.tensor(frequencies(config, ratio), dtype=wide_dtype(dtype), device="cpu")
 
     def at(self, positions: Tensor) -> Tensor:
         """Complex rotations for positions of any shape, [*positions.shape, R/2]."""

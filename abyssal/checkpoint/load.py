@@ -1,0 +1,89 @@
+"""Fill modules with a release's tensors (architecture.md 3)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from abyssal.checkpoint.release import Release
+from abyssal.kernels.linear import dequantise
+from abyssal.kernels.precision import wide_dtype
+from abyssal.model.linear import Linear
+from abyssal.model.moe import Experts
+from abyssal.model.transformer import Transformer
+from abyssal.quant.numerics import Numerics
+
+EXPERT_WEIGHTS = ("w1", "w2", "w3")
+
+
+def load_model(
+    folder: Path | str,
+    *,
+    dtype: torch.dtype = torch.float32,
+    numerics: Numerics | None = None,
+    keep_quantised: bool = False,
+) -> Transformer:
+    """A whole model in memory.
+
+    Args:
+        folder: a release.
+        dtype: of activations and of every matrix that is not kept quantised.
+        numerics: which roundings are simulated.
+        keep_quantised: leave FP4 and FP8 weights as stored and expand them as they are used.
+    Returns:
+        The model in evaluation mode; parameters do not record gradients.
+    Raises:
+        ConfigError, CheckpointError: the release is wrong.
+    """
+    release = Release(folder)
+    with torch.device("meta"):
+        model = Transformer(release.config, numerics=numerics, dtype=dtype)
+    fill(model, "", release, dtype, keep_quantised)
+    return model.eval()
+
+
+def fill(module: nn.Module, prefix: str, release: Release, dtype: torch.dtype, keep_quantised: bool) -> None:
+    """Replace every parameter and table of `module`, made on the meta device, by the release's.
+
+    Matrices take `dtype`; norms, sinks, biases, ape and mHC, which are used in float32, keep at least that.
+
+    Args:
+        prefix: of the module's names in the release, such as "layers.3.".
+    """
+    for path, child in module.named_modules():
+        name = f"{prefix}{path}." if path else prefix
+        if isinstance(child, Experts):
+            if child.w1.device.type == "meta":
+                _fill_experts(child, name, release, dtype, keep_quantised)
+            continue
+        for leaf, parameter in list(child.named_parameters(recurse=False)):
+            weight, scale = release.stored(name + leaf)
+            if isinstance(child, Linear) and leaf == "weight":
+                if scale is not None and keep_quantised:
+                    child.scale = scale
+                else:
+                    weight = dequantise(weight, scale, dtype)
+            else:
+                weight = weight.to(dtype if parameter.dim() == 2 and leaf == "weight" else wide_dtype(dtype))
+            setattr(child, leaf, nn.Parameter(weight, requires_grad=False))
+        for leaf, buffer in list(child.named_buffers(recurse=False)):
+            if leaf == "tid2eid" and buffer is not None:
+                child.register_buffer(leaf, release.shards.read(name + leaf).long())
+
+
+def _fill_experts(experts: Experts, prefix: str, release: Release, dtype: torch.dtype, keep: bool) -> None:
+    for part in EXPERT_WEIGHTS:
+        weights: list[Tensor] = []
+        scales: list[Tensor] = []
+        for number in range(experts.config.n_routed_experts):
+            weight, scale = release.stored(f"{prefix}{number}.{part}.weight")
+            if scale is not None and keep:
+                scales.append(scale)
+                weights.append(weight)
+            else:
+                weights.append(dequantise(weight, scale, dtype))
+        setattr(experts, part, nn.Parameter(torch.stack(weights), requires_grad=False))
+        if scales:
+            experts.register_buffer(f"{part}_scale", torch.stack(scales))

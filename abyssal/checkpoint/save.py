@@ -1,0 +1,254 @@
+"""Write releases: from a model, from another release, or random ones for tests (architecture.md 3)."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from abyssal.arch.config import ModelConfig
+from abyssal.arch.tensors import LAYOUTS, Layout, TensorSpec, inventory, is_draft_copy, totals
+from abyssal.base.errors import CheckpointError, ConfigError, SaveError
+from abyssal.base.files import write_folder, write_json
+from abyssal.base.progress import Progress
+from abyssal.checkpoint.release import Release
+from abyssal.checkpoint.shards import TORCH_DTYPES
+from abyssal.checkpoint.writer import SHARD_BYTES, ShardWriter
+from abyssal.kernels.linear import dequantise
+from abyssal.quant.e8m0 import decode_e8m0, encode_e8m0
+from abyssal.quant.fp4 import fp4_to_fp8, fp8_to_fp4, quantise_fp4
+from abyssal.quant.fp8 import quantise_fp8
+
+Value = tuple[Tensor, Tensor | None]  # a stored weight and its scale
+
+
+def with_layout(config: ModelConfig, layout: Layout) -> tuple[ModelConfig, Layout]:
+    """The configuration that describes a model in this layout.
+
+    Raises:
+        ConfigError: the layout is unknown, or needs DSpark stages that the model lacks.
+    """
+    if layout not in LAYOUTS:
+        raise ConfigError(f"unknown layout {layout!r}: choose from {', '.join(LAYOUTS)}")
+    if layout == "flash" and config.dspark:
+        layout = "0731"
+    if layout == "0731" and not config.dspark:
+        raise ConfigError("layout 0731 has DSpark stages, which this model lacks: choose flash")
+    expert = {"flash": "fp4", "0731": "fp4", "base": "fp8"}.get(layout)
+    torch_dtype = "float32" if layout == "fp32" else "bfloat16"
+    return replace(config, expert_dtype=expert, torch_dtype=torch_dtype), layout
+
+
+def _as_stored(spec: TensorSpec, value: Value, scale_dtype: str | None) -> Value:
+    """A value in the format of `spec`: copied, converted without loss, or rounded."""
+    weight, scale = value
+    if spec.format == "plain":
+        target = TORCH_DTYPES[spec.dtype]
+        return (dequantise(weight, scale, target) if scale is not None else weight.to(target)), None
+    packed = weight.dtype in (torch.int8, torch.uint8)
+    if spec.format == "fp4" and not (packed and scale is not None):
+        weight, scale = _to_fp4(weight, scale)
+    elif spec.format == "fp8" and packed and scale is not None:
+        weight, scale = fp4_to_fp8(weight, scale)
+    elif spec.format == "fp8" and scale is None:
+        weight, scale = quantise_fp8(weight)
+    assert scale is not None
+    stored = weight.view(torch.int8) if spec.format == "fp4" else weight
+    if scale_dtype == "F32":
+        return stored, decode_e8m0(scale, torch.float32)
+    raw = scale if scale.dtype != torch.float32 else encode_e8m0(scale)
+    return stored, raw.view(torch.float8_e8m0fnu)
+
+
+def _to_fp4(weight: Tensor, scale: Tensor | None) -> Value:
+    if scale is not None:
+        try:
+            return fp8_to_fp4(weight, scale)
+        except ValueError:  # not FP4 numbers: round them
+            weight = dequantise(weight, scale, torch.float32)
+    return quantise_fp4(weight)
+
+
+def _write(
+    config: ModelConfig,
+    layout: Layout,
+    folder: Path,
+    value_of: Callable[[TensorSpec], Value],
+    beside: Callable[[Path], None],
+    shard_bytes: int,
+) -> None:
+    """Write every tensor of the inventory, config.json and what `beside` adds; whole or not at all."""
+    if folder.exists() and not (folder / "config.json").is_file() and (folder.is_file() or any(folder.iterdir())):
+        raise SaveError(f"{folder} exists and is not a release: choose a new folder")
+    specs = list(inventory(config, layout))
+    scale_dtypes = {spec.name: spec.dtype for spec in specs}
+    with write_folder(folder) as aside, Progress(totals(specs).nbytes, "B", f"writing {folder.name}") as progress:
+        with ShardWriter(aside, specs, shard_bytes) as writer:
+            scales: dict[str, Tensor] = {}
+            for spec in specs:
+                if spec.name in scales:
+                    writer.add(spec.name, scales.pop(spec.name))
+                else:
+                    scale_dtype = scale_dtypes[spec.scale] if spec.scale else None
+                    weight, scale = _as_stored(spec, value_of(spec), scale_dtype)
+                    writer.add(spec.name, weight)
+                    if spec.scale and scale is not None:
+                        scales[spec.scale] = scale
+                progress.advance(spec.nbytes)
+        write_json(aside / "config.json", config.to_dict())
+        beside(aside)
+
+
+def _generation_config(config: ModelConfig) -> dict[str, object]:
+    return {
+        "_from_model_config": True,
+        "bos_token_id": config.bos_token_id,
+        "do_sample": True,
+        "eos_token_id": config.eos_token_id,
+        "temperature": 1.0,
+        "top_p": 1.0,
+    }
+
+
+def copy_small_files(source: Path) -> Callable[[Path], None]:
+    """Copies tokenizer, notes and other files of a release that are neither weights nor config.json."""
+
+    def copy(target: Path) -> None:
+        for item in source.iterdir():
+            if item.name == "config.json" or ".safetensors" in item.name or item.name.startswith("."):
+                continue
+            if item.is_dir():
+                shutil.copytree(item, target / item.name)
+            else:
+                shutil.copyfile(item, target / item.name)
+
+    return copy
+
+
+def save_model(
+    state: Mapping[str, Tensor],
+    config: ModelConfig,
+    layout: Layout,
+    folder: Path | str,
+    *,
+    files_from: Path | None = None,
+    shard_bytes: int = SHARD_BYTES,
+) -> None:
+    """Write a model's state as a release that `transformers` loads unchanged.
+
+    Args:
+        state: `Transformer.state_dict()`; routed experts stacked, float weights.
+        config: the model's numbers.
+        layout: flash, base, bf16 or fp32.
+        folder: where to; replaced as a whole, or left as it is on any failure.
+        files_from: a folder whose tokenizer and other small files are copied.
+    Raises:
+        SaveError: the file system refused, or the state lacks a tensor.
+        ConfigError: the layout does not fit the model.
+    """
+    config, layout = with_layout(config, layout)
+
+    def value_of(spec: TensorSpec) -> Value:
+        return _from_state(state, spec.name), None
+
+    def beside(aside: Path) -> None:
+        write_json(aside / "generation_config.json", _generation_config(config))
+        if files_from is not None:
+            copy_small_files(files_from)(aside)
+
+    _write(config, layout, Path(folder), value_of, beside, shard_bytes)
+
+
+def _from_state(state: Mapping[str, Tensor], name: str) -> Tensor:
+    head, routed, tail = name.partition(".ffn.experts.")
+    if routed:
+        number, part, _ = tail.split(".")
+        name = f"{head}{routed}{part}"
+        if name in state:
+            return state[name][int(number)]
+    elif is_draft_copy(name):
+        name = "head.weight" if name.endswith("head.weight") else "embed.weight"
+    if name not in state:
+        raise SaveError(f"the model has no {name}, which the release needs; nothing was written")
+    return state[name]
+
+
+def convert(source: Path | str, folder: Path | str, layout: Layout, *, shard_bytes: int = SHARD_BYTES) -> None:
+    """Write a release in another layout, tensor by tensor.
+
+    FP4 becomes FP8 without loss; FP8 that came from FP4 goes back without loss; anything else is rounded.
+
+    Raises:
+        CheckpointError: the source is wrong, or both folders are the same.
+        ConfigError: the layout does not fit the model.
+        SaveError: the file system refused; nothing was written.
+    """
+    release = Release(source)
+    if Path(folder).resolve() == release.folder.resolve():
+        raise CheckpointError(f"{folder} is the source itself: choose another folder")
+    config, layout = with_layout(release.config, layout)
+
+    def value_of(spec: TensorSpec) -> Value:
+        if is_draft_copy(spec.name):
+            copied = release.draft_copy(spec)
+            shared = "head.weight" if spec.name.endswith("head.weight") else "embed.weight"
+            return release.shards.read(copied or shared), None
+        return release.stored(spec.name)
+
+    _write(config, layout, Path(folder), value_of, copy_small_files(release.folder), shard_bytes)
+
+
+def make_release(
+    config: ModelConfig, seed: int, layout: Layout, folder: Path | str, *, shard_bytes: int = SHARD_BYTES
+) -> None:
+    """Write a random release, one tensor in memory at a time; equal seeds give equal bytes.
+
+    Matrices have a standard deviation of fan_in ** -0.5, so that logits come out of order 1.
+
+    Raises:
+        ConfigError: the layout does not fit the model.
+        SaveError: the file system refused; nothing was written.
+    """
+    config, layout = with_layout(config, layout)
+
+    def value_of(spec: TensorSpec) -> Value:
+        return _random(config, spec, seed)
+
+    def beside(aside: Path) -> None:
+        write_json(aside / "generation_config.json", _generation_config(config))
+
+    _write(config, layout, Path(folder), value_of, beside, shard_bytes)
+
+
+def _random(config: ModelConfig, spec: TensorSpec, seed: int) -> Value:
+    digest = hashlib.sha256(f"{seed}/{spec.name}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+    name = spec.name
+    if name.endswith("tid2eid"):
+        rows = torch.rand(spec.shape[0], config.n_routed_experts, generator=generator)
+        return rows.topk(spec.shape[1]).indices, None
+    if spec.format == "fp4":
+        # every code equally often has a root mean square of about 3
+        columns = spec.shape[1] * 2
+        codes = torch.randint(0, 256, spec.shape, generator=generator, dtype=torch.uint8)
+        exponent = -round(float(torch.log2(torch.tensor(9.0 * columns))) / 2) + 127
+        jitter = torch.randint(-1, 2, (spec.shape[0], columns // 32), generator=generator)
+        return codes, (jitter + exponent).to(torch.uint8)
+    shape = spec.shape
+    noise = torch.randn(shape, generator=generator)
+    if name.endswith("norm.weight") or name.endswith("main_norm.weight"):
+        return 1 + 0.1 * noise, None
+    if len(shape) == 2 and not name.endswith("ape"):
+        return noise * (1.0 if name == "embed.weight" else shape[-1] ** -0.5), None
+    return 0.3 * noise, None
+
+
+def tensors_of(release: Release) -> Iterator[tuple[str, Tensor]]:
+    """Every stored tensor of a release, one at a time."""
+    for name in release.shards.tensors:
+        yield name, release.shards.read(name)
