@@ -23,6 +23,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 SEPARATOR = "\f"
+PLAIN = {"“": '"', "”": '"', "’": "'", "‘": "'", "—": " - ", "–": "-", "…": "...", "\xa0": " "}
 HELD_OUT_PERCENT = 1
 
 
@@ -54,8 +55,8 @@ SOURCES = (
 class Paragraphs(HTMLParser):
     """Text of paragraphs and headings; code blocks, tables and navigation are dropped."""
 
-    KEEP = {"p", "dd", "h1", "h2", "h3"}
-    DROP = {"pre", "script", "style", "table", "nav", "head"}
+    KEEP = frozenset({"p", "dd", "h1", "h2", "h3"})
+    DROP = frozenset({"pre", "script", "style", "table", "nav", "head"})
 
     def __init__(self) -> None:
         super().__init__(convert_charrefs=True)
@@ -143,7 +144,7 @@ def is_prose(paragraph: str) -> bool:
 
 def clean(text: str) -> str:
     """Plain punctuation, so that it does not cost tokens of a small vocabulary."""
-    for old, new in (("“", '"'), ("”", '"'), ("’", "'"), ("‘", "'"), ("—", " - "), ("–", "-"), ("…", "..."), ("\xa0", " ")):
+    for old, new in PLAIN.items():
         text = text.replace(old, new)
     return text
 

@@ -160,7 +160,8 @@ def evaluate(model: Transformer, ids: np.ndarray) -> float:
     total = []
     with released_precision(model, True):
         for start in range(0, min(len(ids), 60 * LENGTH) - LENGTH - 2, LENGTH):
-            total.append(float(losses(model, torch.from_numpy(ids[start : start + LENGTH + 2].astype(np.int64))[None])[0]))
+            window = torch.from_numpy(ids[start : start + LENGTH + 2].astype(np.int64))
+            total.append(losses(model, window[None], mtp=False)[0].item())
     return float(np.mean(total))
 
 
@@ -202,7 +203,8 @@ def main() -> None:
     # indexer parameters get no gradient from a dense selection
     while (spent := time.monotonic() - begin) < args.minutes * 60 and step != args.steps:
         done = spent / (args.minutes * 60)
-        rate = min((step + 1) / 50, 1.0) * (1.0 if done < DECAY_FROM else 1 - 0.95 * (done - DECAY_FROM) / (1 - DECAY_FROM))
+        decay = 0.95 * max(done - DECAY_FROM, 0.0) / (1 - DECAY_FROM)
+        rate = min((step + 1) / 50, 1 - decay)
         with released_precision(model, done > QUANTISE_FROM):
             main_loss, mtp_loss = losses(model, windows(train, step), step % MTP_EVERY == 0)
             (main_loss + MTP_EVERY * (0.3 if done < DECAY_FROM else 0.1) * mtp_loss).backward()

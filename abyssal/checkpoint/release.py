@@ -60,7 +60,9 @@ class Release:
                 )
         for name in self.shards.tensors:
             if name not in self.specs and not is_draft_copy(name):
-                raise CheckpointError(f"tensor {name} is not part of a V4 release: is this folder V4.1 or a vision model?")
+                raise CheckpointError(
+                    f"tensor {name} is not part of a V4 release: is this folder V4.1 or a vision model?"
+                )
 
     def _missing(self, spec: TensorSpec) -> str:
         if spec.name.endswith(".scale"):

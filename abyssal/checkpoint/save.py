@@ -241,7 +241,7 @@ def _random(config: ModelConfig, spec: TensorSpec, seed: int) -> Value:
         return codes, (jitter + exponent).to(torch.uint8)
     shape = spec.shape
     noise = torch.randn(shape, generator=generator)
-    if name.endswith("norm.weight") or name.endswith("main_norm.weight"):
+    if name.endswith(("norm.weight", "main_norm.weight")):
         return 1 + 0.1 * noise, None
     if len(shape) == 2 and not name.endswith("ape"):
         return noise * (1.0 if name == "embed.weight" else shape[-1] ** -0.5), None

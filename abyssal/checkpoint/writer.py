@@ -89,7 +89,7 @@ class ShardWriter:
         assert self._file is not None
         flat = tensor.detach().contiguous().reshape(-1)
         if flat.numel():
-            self._file.write(memoryview(flat.view(torch.uint8).numpy()))
+            self._file.write(flat.view(torch.uint8).numpy().data)
         self._map[name] = self._name(number)
         self._size += spec.nbytes
 

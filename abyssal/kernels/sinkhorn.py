@@ -56,7 +56,7 @@ class _Normalise(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, mix_NNT: Tensor, iterations: int, eps: float) -> Tensor:
         ctx.kept = []
-        return _steps(mix_NNT, iterations, eps, ctx.kept)  # type: ignore[no-any-return]
+        return _steps(mix_NNT, iterations, eps, ctx.kept)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
@@ -77,7 +77,7 @@ def sinkhorn(logits_TNN: Tensor, iterations: int, eps: float) -> Tensor:
         return sinkhorn_reference(logits_TNN, iterations, eps)
     soft_NNT = (logits_TNN.softmax(dim=-1) + eps).permute(1, 2, 0).contiguous()
     if soft_NNT.requires_grad:
-        mixed = _Normalise.apply(soft_NNT, iterations, eps)
+        mixed = _Normalise.apply(soft_NNT, iterations, eps)  # type: ignore[no-untyped-call]
     elif soft_NNT.shape[-1] > SMALL or soft_NNT.device.type != "cpu":
         mixed = _steps(soft_NNT, iterations, eps)
     else:

@@ -111,7 +111,7 @@ class SharedExpert(nn.Module):
 
     def forward(self, x_TD: Tensor) -> Tensor:
         """x [T, D] -> [T, D], same dtype."""
-        return self.w2(swiglu(self.w1(x_TD), self.w3(x_TD), self.limit).to(x_TD.dtype))  # type: ignore[no-any-return]
+        return self.w2(swiglu(self.w1(x_TD), self.w3(x_TD), self.limit).to(x_TD.dtype))
 
 
 class MoE(nn.Module):

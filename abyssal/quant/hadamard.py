@@ -18,6 +18,7 @@ def hadamard(x: Tensor) -> Tensor:
     out, half = x, 1
     while half < size:
         pairs = out.unflatten(-1, (-1, 2, half))
-        out = torch.stack([pairs[..., 0, :] + pairs[..., 1, :], pairs[..., 0, :] - pairs[..., 1, :]], dim=-2).flatten(-3)
+        low, high = pairs[..., 0, :], pairs[..., 1, :]
+        out = torch.stack([low + high, low - high], dim=-2).flatten(-3)
         half *= 2
     return out * size**-0.5

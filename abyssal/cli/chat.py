@@ -1,0 +1,53 @@
+"""`abyssal chat`: type the beginning of a text, read how the model goes on."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+
+from abyssal.cli.models import BUNDLED, folder_of
+
+
+def chat(
+    model: Annotated[str, typer.Option(help="A release folder, or nano for the bundled model.")] = BUNDLED,
+    max_tokens: Annotated[int, typer.Option(help="Most tokens of an answer.")] = 120,
+    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token.")] = 0.7,
+    top_p: Annotated[float, typer.Option(help="Keep the likeliest tokens of this total probability.")] = 0.9,
+) -> None:
+    """Talk to a model in the terminal.
+
+    The bundled model is a base model: it continues what you type and follows no instructions.
+    """
+    from abyssal.checkpoint.load import load_model
+    from abyssal.encoding.literals import BOS, EOS
+    from abyssal.encoding.tokenizer import Piece, Tokenizer
+    from abyssal.engine.engine import Engine
+    from abyssal.engine.sampler import Sampling
+
+    folder = folder_of(model)
+    sampling = Sampling(temperature=temperature, top_p=top_p)
+    tokenizer = Tokenizer(folder)
+    engine = Engine(load_model(folder))
+    end = tokenizer.special(EOS)
+    print(f"{folder.name}: begin a text, the model continues it. Empty line or Ctrl-D ends.", file=sys.stderr)
+    while True:
+        try:
+            text = input("> ")
+        except EOFError:
+            print(file=sys.stderr)
+            return
+        if not text.strip():
+            return
+        prompt = tokenizer.encode_pieces([Piece(BOS, special=True), Piece(text)])
+        _, stream = engine.start(prompt, max_tokens=max_tokens, sampling=sampling, stop=[end])
+        decoder = tokenizer.stream()
+        print(text, end="", flush=True)
+        try:
+            for token in stream:
+                print(decoder.add(token), end="", flush=True)
+            print(decoder.finish(), end="")
+        except KeyboardInterrupt:  # stops the answer, not the conversation
+            pass
+        print("\n")

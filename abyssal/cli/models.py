@@ -1,0 +1,100 @@
+"""What a name on the command line stands for: a folder, a preset, or the bundled model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from abyssal.arch.config import ModelConfig
+from abyssal.arch.presets import PRESETS, preset
+from abyssal.base.errors import InputError
+
+if TYPE_CHECKING:
+    import torch
+
+    from abyssal.quant.numerics import Numerics
+
+BUNDLED = "nano"
+
+
+def bundled_folder() -> Path:
+    """The folder of the model that comes with the package."""
+    return Path(__file__).parent.parent / "models" / BUNDLED
+
+
+def folder_of(name: str) -> Path:
+    """The release folder of a model to run: a path, or `nano` for the bundled one.
+
+    Raises:
+        InputError: there is no such folder.
+    """
+    path = Path(name)
+    if path.is_dir():
+        return path
+    if name == BUNDLED:
+        return bundled_folder()
+    if name in PRESETS:
+        raise InputError(f"{name} is a preset without weights: give the folder of its release")
+    raise InputError(f"{name} is not a folder: give the folder of a release, or {BUNDLED} for the bundled model")
+
+
+def config_of(name: str) -> ModelConfig:
+    """The configuration of a preset, of a folder, or of a config.json.
+
+    Raises:
+        InputError: it is none of these.
+    """
+    path = Path(name)
+    if path.is_file():
+        return ModelConfig.from_file(path)
+    if path.is_dir():
+        return ModelConfig.from_file(path / "config.json")
+    if name in PRESETS:
+        return preset(name)
+    raise InputError(f"{name} is no folder, file or preset: presets are {', '.join(PRESETS)}")
+
+
+def dtype_and_numerics(dtype: str, mode: str) -> tuple[torch.dtype, Numerics]:
+    """Parse --dtype and --mode.
+
+    Raises:
+        InputError: one of them is unknown.
+    """
+    from abyssal.checkpoint.release import torch_dtype_of
+    from abyssal.quant.numerics import MODES, Numerics
+
+    chosen = next((m for m in MODES if m == mode), None)
+    if chosen is None:
+        raise InputError(f"unknown mode {mode!r}: choose from {', '.join(MODES)}")
+    return torch_dtype_of(dtype), Numerics.of(chosen)
+
+
+def parse_ids(text: str) -> list[int]:
+    """Token ids separated by commas or blank space.
+
+    Raises:
+        InputError: something else is among them.
+    """
+    ids = []
+    for word in text.replace(",", " ").split():
+        if not word.lstrip("-").isdecimal():
+            raise InputError(f"{word!r} is no token id: give integers separated by commas")
+        ids.append(int(word))
+    return ids
+
+
+_UNITS = {"": 1, "b": 1, "kib": 2**10, "mib": 2**20, "gib": 2**30, "kb": 10**3, "mb": 10**6, "gb": 10**9}
+
+
+def parse_bytes(text: str) -> int:
+    """A size such as 4GiB or 512MiB.
+
+    Raises:
+        InputError: it is none.
+    """
+    number = text.strip().lower().rstrip("bikmg")
+    unit = text.strip().lower()[len(number) :]
+    try:
+        return int(float(number) * _UNITS[unit])
+    except (ValueError, KeyError, OverflowError):
+        raise InputError(f"{text!r} is no size: write for example 4GiB or 512MiB") from None

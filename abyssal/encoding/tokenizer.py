@@ -1,0 +1,130 @@
+"""Token ids of text, and text of token ids as they arrive (encoding.md 1).
+
+User text can never forge a special token: it is encoded with special tokens off, and only pieces that the
+template marks as special may become one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import tokenizers
+
+from abyssal.base.errors import CheckpointError, TokenError
+
+REPLACEMENT = "\ufffd"
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A stretch of a prompt: text, or one special token."""
+
+    text: str
+    special: bool = False
+
+
+class Tokenizer:
+    """A release's tokenizer.json.
+
+    Args:
+        folder: the release.
+    Raises:
+        CheckpointError: the file is missing or no tokenizer.
+    """
+
+    def __init__(self, folder: Path | str):
+        path = Path(folder) / "tokenizer.json"
+        if not path.is_file():
+            raise CheckpointError(f"{path} does not exist: copy tokenizer.json of the release there")
+        try:
+            self._tokenizer = tokenizers.Tokenizer.from_file(str(path))
+        except Exception as error:  # the library raises bare Exception
+            raise CheckpointError(f"{path} is not a tokenizer ({error}): fetch it again") from None
+        self._tokenizer.encode_special_tokens = True  # special strings in text are text
+        self._special = {
+            token.content: number
+            for number, token in self._tokenizer.get_added_tokens_decoder().items()
+            if token.special
+        }
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of ids that have a text."""
+        return int(self._tokenizer.get_vocab_size(with_added_tokens=True))
+
+    def special(self, text: str) -> int:
+        """The id of a special token.
+
+        Raises:
+            TokenError: the tokenizer has none of this text.
+        """
+        try:
+            return self._special[text]
+        except KeyError:
+            raise TokenError(f"no special token {text!r} here: take tokenizer.json of a V4 release") from None
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of plain text; strings that look like special tokens stay text.
+
+        Raises:
+            TokenError: the text has a lone surrogate, which no encoding can hold.
+        """
+        try:
+            return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
+        except (UnicodeEncodeError, TypeError) as error:
+            raise TokenError(f"the text is not valid Unicode ({error}): remove lone surrogates") from None
+
+    def encode_pieces(self, pieces: Iterable[Piece]) -> list[int]:
+        """Ids of a prompt; only pieces marked special become special tokens."""
+        ids: list[int] = []
+        for piece in pieces:
+            if piece.special:
+                ids.append(self.special(piece.text))
+            else:
+                ids.extend(self.encode(piece.text))
+        return ids
+
+    def decode(self, ids: Sequence[int], *, keep_special: bool = False) -> str:
+        """Text of ids; bytes that are no UTF-8 become U+FFFD.
+
+        Raises:
+            TokenError: an id has no text.
+        """
+        for token in ids:
+            if not 0 <= token < self.vocab_size:
+                raise TokenError(f"token id {token} is outside the vocabulary: use 0..{self.vocab_size - 1}")
+        return str(self._tokenizer.decode(list(ids), skip_special_tokens=not keep_special))
+
+    def stream(self, *, keep_special: bool = False) -> TextStream:
+        """A decoder for ids that arrive one by one."""
+        return TextStream(self, keep_special)
+
+
+class TextStream:
+    """Gives text as soon as its characters are whole; all parts together equal `decode` of all ids."""
+
+    def __init__(self, tokenizer: Tokenizer, keep_special: bool):
+        self._tokenizer = tokenizer
+        self._keep_special = keep_special
+        self._ids: list[int] = []  # ids since the last text that ended in a whole character
+        self._given = 0
+
+    def add(self, token: int) -> str:
+        """The text that this id completes, perhaps none."""
+        self._ids.append(token)
+        text = self._tokenizer.decode(self._ids, keep_special=self._keep_special)
+        if text.endswith(REPLACEMENT):
+            return ""  # an unfinished character, or a broken one that `finish` will give
+        new = text[self._given :]
+        # one id of context stays, because some tokenizers treat the first id of a text differently
+        self._ids = self._ids[-1:]
+        self._given = len(self._tokenizer.decode(self._ids, keep_special=self._keep_special))
+        return new
+
+    def finish(self) -> str:
+        """What was held back."""
+        text = self._tokenizer.decode(self._ids, keep_special=self._keep_special)[self._given :]
+        self._ids, self._given = [], 0
+        return text
