@@ -6,6 +6,7 @@ template marks as special may become one.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,15 +40,15 @@ class Tokenizer:
         if not path.is_file():
             raise CheckpointError(f"{path} does not exist: copy tokenizer.json of the release there")
         try:
-            self._tokenizer = tokenizers.Tokenizer.from_file(str(path))
+            layout = json.loads(path.read_text(encoding="utf-8"))
+            # releases flag the role tokens "special": false, and those would be recognised inside plain text
+            for token in layout["added_tokens"]:
+                token["special"] = True
+            self._tokenizer = tokenizers.Tokenizer.from_str(json.dumps(layout))
         except Exception as error:  # the library raises bare Exception
             raise CheckpointError(f"{path} is not a tokenizer ({error}): fetch it again") from None
         self._tokenizer.encode_special_tokens = True  # special strings in text are text
-        self._special = {
-            token.content: number
-            for number, token in self._tokenizer.get_added_tokens_decoder().items()
-            if token.special
-        }
+        self._special = {token.content: number for number, token in self._tokenizer.get_added_tokens_decoder().items()}
 
     @property
     def vocab_size(self) -> int:
@@ -92,9 +93,10 @@ class Tokenizer:
         Raises:
             TokenError: an id has no text.
         """
+        size = self.vocab_size
         for token in ids:
-            if not 0 <= token < self.vocab_size:
-                raise TokenError(f"token id {token} is outside the vocabulary: use 0..{self.vocab_size - 1}")
+            if not 0 <= token < size:
+                raise TokenError(f"token id {token} is outside the vocabulary: use 0..{size - 1}")
         return str(self._tokenizer.decode(list(ids), skip_special_tokens=not keep_special))
 
     def stream(self, *, keep_special: bool = False) -> TextStream:
@@ -116,7 +118,10 @@ class TextStream:
         self._ids.append(token)
         text = self._tokenizer.decode(self._ids, keep_special=self._keep_special)
         if text.endswith(REPLACEMENT):
-            return ""  # an unfinished character, or a broken one that `finish` will give
+            # the last character may be unfinished; all before it are certain
+            certain = max(self._given, len(text) - 1)
+            new, self._given = text[self._given : certain], certain
+            return new
         new = text[self._given :]
         # one id of context stays, because some tokenizers treat the first id of a text differently
         self._ids = self._ids[-1:]
