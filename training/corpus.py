@@ -39,12 +39,15 @@ class Source:
 
 SOURCES = (
     Source("bible-kjv-text", "public domain (King James Bible)", "bible", "usr/lib/bible.data"),
-    Source("wordnet-base", "WordNet licence (Princeton, BSD-like)", "wordnet", "usr/share/wordnet/data.*"),
+    Source(
+        "debian-handbook",
+        "GPL-2+ or CC-BY-SA-3.0",
+        "html",
+        "usr/share/doc/debian-handbook/html/en-US/*.html",
+    ),
     Source("jargon-text", "public domain (Jargon File)", "plain", "usr/share/doc/jargon-text/jargon.txt.gz"),
     Source("python3.11-doc", "PSF licence 2", "html", "usr/share/doc/python3.11/html/*/*.html"),
-    Source(
-        "installation-guide-amd64", "GPL-2", "html", "usr/share/doc/installation-guide-amd64/en/*.html"
-    ),
+    Source("installation-guide-amd64", "GPL-2", "html", "usr/share/doc/installation-guide-amd64/en/*.html"),
     Source("debian-reference-en", "GPL-2+", "html", "usr/share/debian-reference/*.en.html"),
     Source("developers-reference", "GPL-2+", "html", "usr/share/developers-reference/*.html"),
     Source("debian-faq", "GPL-2+", "html", "usr/share/doc/debian/FAQ/*.en.html"),
@@ -63,20 +66,26 @@ class Paragraphs(HTMLParser):
         self.found: list[str] = []
         self._text: list[str] = []
         self._keep = self._drop = 0
+        self._divs: list[bool] = []  # the open ones: is it a paragraph?
 
-    def handle_starttag(self, tag: str, attrs: object) -> None:
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         """Open a paragraph, or something to skip."""
         if tag in self.DROP:
             self._drop += 1
         elif tag in self.KEEP:
             self._end()
             self._keep += 1
+        elif tag == "div":
+            self._divs.append(("class", "para") in attrs)
+            if self._divs[-1]:
+                self._end()
+                self._keep += 1
 
     def handle_endtag(self, tag: str) -> None:
         """Close it."""
         if tag in self.DROP:
             self._drop = max(self._drop - 1, 0)
-        elif tag in self.KEEP:
+        elif tag in self.KEEP or (tag == "div" and self._divs and self._divs.pop()):
             self._end()
             self._keep = max(self._keep - 1, 0)
 
@@ -110,8 +119,9 @@ def read_plain(path: Path) -> Iterator[str]:
 
 
 def read_bible(path: Path) -> Iterator[str]:
-    """A chapter a document. The data file is read by the small program of the package bible-kjv."""
-    command = ["bible", "-p", str(path.parent), "-l100000", "Gen1:1-Rev22:21"]
+    """A chapter a document. The data file is packed; the small program of the package bible-kjv reads it."""
+    program, _ = unpack("bible-kjv", path.parents[3])
+    command = [str(program / "usr/bin/bible"), "-p", str(path.parent), "-l100000", "Gen1:1-Rev22:21"]
     text = subprocess.run(command, capture_output=True, check=True, text=True).stdout
     for chapter in re.split(r"\n(?=\S[^\n]* \d+\n\n)", text):
         title, _, body = chapter.strip().partition("\n\n")
@@ -120,26 +130,13 @@ def read_bible(path: Path) -> Iterator[str]:
             yield title.strip() + "\n" + " ".join(" ".join(verses).split())
 
 
-def read_wordnet(path: Path) -> Iterator[str]:
-    """Definitions with their example sentences, thirty to a document."""
-    lines = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        if line.startswith("  "):
-            continue
-        head, _, gloss = line.partition(" | ")
-        word = head.split()[4].replace("_", " ").partition("(")[0]
-        lines.append(f"{word}: {gloss.strip()}")
-    for i in range(0, len(lines), 30):
-        yield "\n".join(lines[i : i + 30])
-
-
-READERS = {"html": read_html, "plain": read_plain, "bible": read_bible, "wordnet": read_wordnet}
+READERS = {"html": read_html, "plain": read_plain, "bible": read_bible}
 
 
 def is_prose(paragraph: str) -> bool:
     """Mostly letters, and long enough to say something."""
     letters = sum(c.isalpha() or c == " " for c in paragraph)
-    return len(paragraph) >= 3 and letters >= 0.85 * len(paragraph) and paragraph.isascii()
+    return len(paragraph) >= 3 and letters >= 0.85 * len(paragraph) and clean(paragraph).isascii()
 
 
 def clean(text: str) -> str:
