@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from abyssal.arch.config import ModelConfig
@@ -115,15 +114,3 @@ def _recognise(config: ModelConfig, shards: Shards) -> tuple[ModelConfig, Layout
     else:
         raise CheckpointError(f"{expert.name} has dtype {expert.dtype}: V4 releases hold I8 (FP4), F8_E4M3 or BF16")
     return config, default_layout(config)
-
-
-def torch_dtype_of(name: str) -> torch.dtype:
-    """float64, float32 or bfloat16 by name.
-
-    Raises:
-        ValueError: another name.
-    """
-    known = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16}
-    if name not in known:
-        raise ValueError(f"unknown dtype {name!r}: choose from {', '.join(known)}")
-    return known[name]

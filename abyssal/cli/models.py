@@ -60,13 +60,17 @@ def dtype_and_numerics(dtype: str, mode: str) -> tuple[torch.dtype, Numerics]:
     Raises:
         InputError: one of them is unknown.
     """
-    from abyssal.checkpoint.release import torch_dtype_of
+    import torch
+
     from abyssal.quant.numerics import MODES, Numerics
 
+    dtypes = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
+    if dtype not in dtypes:
+        raise InputError(f"unknown dtype {dtype!r}: choose from {', '.join(dtypes)}")
     chosen = next((m for m in MODES if m == mode), None)
     if chosen is None:
         raise InputError(f"unknown mode {mode!r}: choose from {', '.join(MODES)}")
-    return torch_dtype_of(dtype), Numerics.of(chosen)
+    return dtypes[dtype], Numerics.of(chosen)
 
 
 def parse_ids(text: str) -> list[int]:

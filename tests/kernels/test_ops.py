@@ -130,7 +130,7 @@ def test_choice_takes_the_largest_and_the_lowest_of_ties(blocks: int, k: int, se
     for b in range(2):
         for q in range(6):
             seen = scores[b, q, : visible[q]].tolist()
-            want = sorted(sorted(range(len(seen)), key=lambda s: (-seen[s], s))[:k])  # noqa: B023
+            want = sorted(sorted(range(len(seen)), key=lambda s: (-seen[s], s))[:k])
             assert keep[b, q].nonzero().flatten().tolist() == want
             assert [i for i in chosen[b, q].tolist() if i >= 0] == want
 

@@ -49,9 +49,8 @@ BROKEN = (
     "window_too_wide",  # 2.4
 )
 
-E4M3 = np.array(
-    sorted({(m / 8 + (e > 0)) * 2.0 ** (max(e, 1) - 7) for e in range(16) for m in range(8) if not (e == 15 and m == 7)})
-)
+_FIELDS = [(e, m) for e in range(16) for m in range(8) if (e, m) != (15, 7)]  # the last one is NaN
+E4M3 = np.array(sorted({(m / 8 + (e > 0)) * 2.0 ** (max(e, 1) - 7) for e, m in _FIELDS}))
 E2M1 = np.array([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
 
 

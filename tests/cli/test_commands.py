@@ -1,0 +1,208 @@
+"""The command contract (design.md 7), through the real program."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import select
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from abyssal.cli.models import bundled_folder
+from abyssal.encoding.tokenizer import Tokenizer
+
+INSPECT_KEYS = {
+    "tensors", "bytes", "parameters", "active_parameters", "context", "kv_bytes_per_token", "kv_bytes",
+    "kv_fixed_bytes", "flops_per_token", "kv_vs_v32", "kv_vs_gqa8", "flops_vs_v32",
+}  # fmt: skip
+GENERATE_KEYS = {
+    "text", "tokens", "logprobs", "finish_reason", "prompt_tokens", "cached_tokens", "prefill_tokens_per_s",
+    "decode_tokens_per_s",
+}  # fmt: skip
+
+
+def abyssal(*arguments: str | Path, code: int = 0, **options: Any) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", "from abyssal.cli.main import main; main()", *map(str, arguments)]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, **options)
+    assert result.returncode == code, result.stdout + result.stderr
+    if code == 2 and "Usage" not in result.stderr:
+        assert result.stderr.startswith("abyssal: ") and result.stderr.count("\n") == 1, result.stderr
+        assert not result.stdout
+    return result
+
+
+def test_inspect_presets_and_folders() -> None:
+    found = json.loads(abyssal("inspect", "flash", "--json").stdout)
+    assert found.keys() >= INSPECT_KEYS
+    assert (found["tensors"], found["bytes"]) == (69187, 159609485896)
+    assert found["context"] == 1_000_000
+    assert found["kv_vs_v32"] == pytest.approx(0.0731, abs=5e-5)
+    assert found["flops_vs_v32"] == pytest.approx(0.1017, abs=5e-5)
+    pro = json.loads(abyssal("inspect", "pro", "--context", "1048576", "--json").stdout)
+    assert pro["flops_vs_v32"] == pytest.approx(0.2674, abs=5e-5)
+    folder = json.loads(abyssal("inspect", bundled_folder(), "--json").stdout)
+    stored = sum(p.stat().st_size for p in bundled_folder().glob("*.safetensors"))
+    assert 0 < stored - folder["bytes"] < 200_000  # headers
+    assert stored < 16_000_000
+    assert 2e6 < folder["active_parameters"] < 6e6
+
+
+def test_inspect_for_people_and_its_plot(tmp_path: Path) -> None:
+    text = abyssal("inspect", "pro", "--plot", tmp_path / "cost.png").stdout
+    assert "10.47% of V3.2" in text and "27.07% of V3.2" in text
+    assert (tmp_path / "cost.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_generate_with_the_bundled_model() -> None:
+    arguments = ("generate", "--prompt", "In the beginning", "--max-tokens", "24", "--seed", "3", "--json")
+    first, second = (json.loads(abyssal(*arguments).stdout) for _ in range(2))
+    assert first.keys() == GENERATE_KEYS
+    assert first["tokens"] == second["tokens"] and first["logprobs"] == second["logprobs"]
+    assert len(first["tokens"]) == len(first["logprobs"]) <= 24
+    tokenizer = Tokenizer(bundled_folder())
+    assert first["text"] == tokenizer.decode(first["tokens"])
+    assert first["prompt_tokens"] == 1 + len(tokenizer.encode("In the beginning"))
+    plain = abyssal("generate", "--prompt", "In the beginning", "--max-tokens", "24", "--seed", "3").stdout
+    assert plain == first["text"] + "\n"
+
+
+def test_the_bundled_model_knows_english() -> None:
+    """Far better than chance on a held-out sentence, and than on the same words in another order."""
+    tokenizer = Tokenizer(bundled_folder())
+    from abyssal.checkpoint.load import load_model
+
+    model = load_model(bundled_folder())
+
+    def bits_per_byte(text: str) -> float:
+        ids = [0, *tokenizer.encode(text)]
+        logprobs = model(torch.tensor([ids])).log_softmax(-1)[0, :-1]
+        return -float(logprobs.gather(1, torch.tensor(ids[1:]).unsqueeze(1)).sum()) / len(text) / np.log(2)
+
+    sentence = "And he said unto them, Go into the city, and when you have found the man, bring him to the house."
+    shuffled = " ".join(sorted(sentence.split()))
+    assert bits_per_byte(sentence) < 2.2
+    assert bits_per_byte(sentence) < bits_per_byte(shuffled) - 0.3
+
+
+def test_generate_from_file_and_ids(tmp_path: Path) -> None:
+    (tmp_path / "prompt.txt").write_text("The module provides", encoding="utf-8")
+    options = ("--max-tokens", "3", "--temperature", "0", "--json")
+    tokenizer = Tokenizer(bundled_folder())
+    ids = [0, *tokenizer.encode("The module provides")]
+    from_file = json.loads(abyssal("generate", "--file", tmp_path / "prompt.txt", *options).stdout)
+    from_ids = json.loads(abyssal("generate", "--ids", ",".join(map(str, ids)), *options).stdout)
+    assert from_file["tokens"] == from_ids["tokens"]
+
+
+def test_logits_of_a_made_release(tmp_path: Path) -> None:
+    config = tmp_path / "config.json"
+    small = json.loads((bundled_folder() / "config.json").read_text()) | {"vocab_size": 300, "n_routed_experts": 4}
+    config.write_text(json.dumps(small))
+    abyssal("make-release", config, "--seed", "7", "--layout", "flash", "--out", tmp_path / "r")
+    out = tmp_path / "logits.npy"
+    ids = "5,6,7,8,9,10,11,12,13"
+    abyssal("logits", tmp_path / "r", "--ids", ids, "--dtype", "float64", "--out", out)
+    whole = np.load(out)
+    assert whole.shape == (9, 300) and whole.dtype == np.float64
+    (tmp_path / "ids.txt").write_text(ids.replace(",", "\n"))
+    abyssal(
+        "logits", tmp_path / "r", "--ids-file", tmp_path / "ids.txt", "--dtype", "float64", "--chunks", "5,1,1,2",
+        "--max-memory", "1GiB", "--out", out,
+    )  # fmt: skip
+    np.testing.assert_allclose(np.load(out), whole, rtol=0, atol=1e-12)
+    abyssal("logits", tmp_path / "r", "--ids", ids, "--mode", "packed", "--mtp", "--out", out)
+    assert np.load(out).shape == (8, 300) and np.load(out).dtype == np.float32
+    abyssal("convert", tmp_path / "r", "--layout", "base", "--out", tmp_path / "b")
+    abyssal("logits", tmp_path / "b", "--ids", ids, "--dtype", "float64", "--out", out)
+    np.testing.assert_allclose(np.load(out), whole, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("inspect", "no-such-model"), "no-such-model"),
+        (("inspect", "flash", "--context", "0"), "context is 0"),
+        (("inspect", "flash", "--context", "2000000"), "2000000"),
+        (("generate",), "exactly one"),
+        (("generate", "--prompt", "a", "--ids", "1"), "exactly one"),
+        (("generate", "--ids", "1,x"), "'x'"),
+        (("generate", "--ids", "99999"), "99999"),
+        (("generate", "--ids", ""), "empty"),
+        (("generate", "--prompt", "a", "--temperature", "-1"), "temperature"),
+        (("generate", "--prompt", "a", "--max-tokens", "0"), "max_tokens"),
+        (("generate", "--prompt", "a", "--model", "flash"), "preset without weights"),
+        (("generate", "--file", "/no/such/file"), "/no/such/file"),
+        (("logits", "nano", "--out", "x.npy"), "exactly one"),
+        (("logits", "nano", "--ids", "1", "--out", "x.npy", "--dtype", "int4"), "int4"),
+        (("logits", "nano", "--ids", "1", "--out", "x.npy", "--mode", "fast"), "fast"),
+        (("logits", "nano", "--ids", "1", "--out", "x.npy", "--max-memory", "lots"), "lots"),
+        (("logits", "nano", "--ids", "1,2", "--out", "x.npy", "--max-memory", "1MiB"), "GiB"),
+        (("make-release", "nano", "--layout", "q8", "--out", "x"), "q8"),
+        (("convert", "nano", "--layout", "0731", "--out", "x"), "0731"),
+        (("nonsense",), "nonsense"),
+        (("inspect", "flash", "--bogus"), "bogus"),
+    ],
+)
+def test_bad_input_is_one_line_and_code_2(arguments: tuple[str, ...], message: str, tmp_path: Path) -> None:
+    assert message in abyssal(*arguments, code=2, cwd=tmp_path).stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_failed_writing_is_code_1(tmp_path: Path) -> None:
+    result = abyssal("logits", "nano", "--ids", "1", "--out", tmp_path / "no" / "dir" / "x.npy", code=1)
+    assert "cannot write" in result.stderr and result.stderr.count("\n") == 1
+
+
+def test_help_is_fast_and_loads_no_torch() -> None:
+    script = "import sys, abyssal.cli.main; assert 'torch' not in sys.modules; assert 'matplotlib' not in sys.modules"
+    subprocess.run([sys.executable, "-c", script], check=True)
+    assert "inspect" in abyssal("--help").stdout
+    assert abyssal("--version").stdout.startswith("abyssal ")
+
+
+def test_interrupt_is_code_130() -> None:
+    code = "from abyssal.cli.main import main; main()"
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, "generate", "--prompt", "a", "--max-tokens", "1000000"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    assert process.stdout is not None
+    process.stdout.read(1)  # it generates
+    process.send_signal(signal.SIGINT)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert not stderr
+
+
+def test_chat_in_a_terminal() -> None:
+    master, slave = pty.openpty()
+    command = [sys.executable, "-c", "from abyssal.cli.main import main; main()", "chat", "--max-tokens", "8"]
+    process = subprocess.Popen(command, stdin=slave, stdout=slave, stderr=slave, start_new_session=True)
+    os.close(slave)
+    seen = b""
+
+    def read_until(mark: bytes, count: int) -> None:
+        nonlocal seen
+        deadline = time.monotonic() + 60
+        while seen.count(mark) < count and time.monotonic() < deadline:
+            if select.select([master], [], [], 1)[0]:
+                seen += os.read(master, 4096)
+        assert seen.count(mark) >= count, seen
+
+    read_until(b"> ", 1)
+    os.write(master, b"In the beginning\n")
+    read_until(b"> ", 2)
+    assert seen.count(b"In the beginning") == 2  # typed, and continued
+    os.write(master, b"\n")
+    assert process.wait(30) == 0
+    os.close(master)
