@@ -24,6 +24,10 @@ def inspect(
     from abyssal.efficiency.report import inspect as count
 
     config = config_of(model)
+    if any(Path(model).glob("*.safetensors")):
+        from abyssal.checkpoint.release import Release
+
+        config = Release(model).config  # the headers decide, and every tensor is checked
     if not 1 <= context <= config.max_position_embeddings:
         raise InputError(f"context is {context}: use 1 to {config.max_position_embeddings}")
     if plot is not None:

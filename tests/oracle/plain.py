@@ -28,12 +28,15 @@ BROKEN = (
     "no_derotation",  # 7
     "inverse_frequencies",  # 8
     "future_blocks",  # 10, 11
+    "union_of_picks",  # 10
+    "masked_picks_kept",  # 11
     "bf16_ape",  # 12
     "bf16_sink",  # 12
     "naive_softplus",  # 14
     "shared_unclamped",  # 15
     "fp8_clamps_only",  # 16
     "experts_unclamped",  # 17
+    "bf16_router",  # 18
     "hadamard_one_side",  # 19
     "no_relu",  # 21
     "post_without_2",  # 23
@@ -41,7 +44,9 @@ BROKEN = (
     "comb_transposed",  # 24
     "sinkhorn_5_steps",  # 25
     "mtp_collapsed",  # 29
+    "last_block_as_window",  # 36
     "yarn_dropped",  # 37
+    "stale_state",  # 2.9
     "swapped_series",  # 2.6, naming hazard
     "ape_twice",  # 2.6
     "no_sink",  # 2.4
@@ -52,6 +57,42 @@ BROKEN = (
 _FIELDS = [(e, m) for e in range(16) for m in range(8) if (e, m) != (15, 7)]  # the last one is NaN
 E4M3 = np.array(sorted({(m / 8 + (e > 0)) * 2.0 ** (max(e, 1) - 7) for e, m in _FIELDS}))
 E2M1 = np.array([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
+
+
+def e4m3(codes: NDArray[Any]) -> Array:
+    """Values of FP8 E4M3 bytes: sign, 4 exponent bits (bias 7), 3 mantissa bits; 127 and 255 are NaN."""
+    magnitude = np.append(E4M3, np.nan)[codes.view(np.uint8) & 127]
+    return np.where(codes.view(np.uint8) & 128, -magnitude, magnitude)
+
+
+def e2m1(codes: NDArray[Any]) -> Array:
+    """Values of FP4 E2M1 codes 0..15; bit 3 is the sign."""
+    return np.where(codes & 8, -E2M1[codes & 7], E2M1[codes & 7])
+
+
+def e8m0(codes: NDArray[Any]) -> Array:
+    """Values of E8M0 bytes: 2^(byte - 127); 255 is NaN."""
+    byte = codes.view(np.uint8).astype(int)
+    return np.where(byte == 255, np.nan, 2.0 ** (byte - 127.0))
+
+
+def _scales(scales: NDArray[Any]) -> Array:
+    # Base checkpoints hold F32 scales, the others E8M0 bytes
+    return scales.astype(np.float64) if scales.dtype.kind == "f" else e8m0(scales)
+
+
+def unpack_fp4(packed: NDArray[Any], scales: NDArray[Any]) -> Array:
+    """3.3: bytes [O, I / 2], low nibble first, and one scale per 32 inputs [O, I / 32], to values [O, I]."""
+    byte = packed.view(np.uint8)
+    out = np.zeros((len(byte), 2 * byte.shape[1]))
+    out[:, 0::2], out[:, 1::2] = e2m1(byte & 15), e2m1(byte >> 4)
+    return out * np.repeat(_scales(scales), 32, axis=1)
+
+
+def unpack_fp8(codes: NDArray[Any], scales: NDArray[Any], tile: int = 128) -> Array:
+    """3.3: E4M3 bytes [O, I] and one scale per tile, the last tiles cut off, to values [O, I]."""
+    wide = np.repeat(np.repeat(_scales(scales), tile, axis=0), tile, axis=1)
+    return e4m3(codes) * wide[: codes.shape[0], : codes.shape[1]]
 
 
 def _nearest(magnitude: Array, table: Array) -> Array:
@@ -152,7 +193,10 @@ class _Plain:
         streams = np.repeat(self.w["embed.weight"][ids][:, None, :], self.N, axis=1)
         for layer in range(self.c["num_hidden_layers"]):
             hashed = layer < self.c["num_hash_layers"]
-            streams = self.block(f"layers.{layer}.", self.c["compress_ratios"][layer], streams, ids, hashed)
+            ratio = self.c["compress_ratios"][layer]
+            if self.broken == "last_block_as_window" and layer == self.c["num_hidden_layers"] - 1:
+                ratio = 0
+            streams = self.block(f"layers.{layer}.", ratio, streams, ids, hashed)
         p = ""
         if mtp:
             p, following = "mtp.0.", ids[1:]
@@ -258,14 +302,14 @@ class _Plain:
         before, current = slice(0, channels), slice(channels, 2 * channels)
         if self.broken == "swapped_series":
             before, current = current, before
-        entries = []
+        entries, whole = [], len(x) // ratio * ratio
         for i in range(len(x) // ratio):
             own = range(i * ratio, (i + 1) * ratio)
             if ratio == 4:
                 k, z = [K[t, current] for t in own], [Z[t, current] for t in own]
-                if i:
-                    k += [K[t - ratio, before] for t in own]
-                    z += [Z[t - ratio, before] for t in own]
+                if i or self.broken == "stale_state":  # stale: the last block of an earlier run of these ids
+                    k += [K[(t - ratio) % whole, before] for t in own]
+                    z += [Z[(t - ratio) % whole, before] for t in own]
             else:
                 k, z = [K[t] for t in own], [Z[t] for t in own]
             share = np.exp(np.array(z) - np.max(z, axis=0))
@@ -287,11 +331,15 @@ class _Plain:
         if self.fake:
             q, k = fake_fp4(q), fake_fp4(k)
         w = self.linear(x, p + "weights_proj", quantised=False) * (J**-0.5 * I**-0.5)
-        picks = []
+        picks: list[set[int]] = []
         for t in range(len(x)):
             dots = q[t] @ k[: self.visible(t, 4, len(k))].T
             scores = w[t] @ (dots if self.broken == "no_relu" else np.maximum(dots, 0))
             picks.append(set(np.argsort(-scores, kind="stable")[: c["index_topk"]].tolist()))
+            if self.broken == "masked_picks_kept":  # the rest of the top-k are blocks of the future
+                picks[t] |= set(range(len(scores), min(c["index_topk"], len(k))))
+        if self.broken == "union_of_picks":
+            picks = [set().union(*picks)] * len(x)
         return picks
 
     def visible(self, t: int, ratio: int, blocks: int) -> int:
@@ -315,8 +363,8 @@ class _Plain:
         for t in range(S):
             keys = [window[j] for j in range(max(0, t - W + 1), t + 1)]
             if ratio:
-                seen = range(self.visible(t, ratio, len(entries)))
-                keys += [entries[s] for s in seen if picks is None or s in picks[t]]
+                seen = range(self.visible(t, ratio, len(entries))) if picks is None else sorted(picks[t])
+                keys += [entries[s] for s in seen]
             E = np.array(keys)
             logits = q[t] @ E.T * C**-0.5
             top = logits.max(1, keepdims=True)
@@ -342,7 +390,10 @@ class _Plain:
 
     def moe(self, p: str, x: Array, ids: list[int], hashed: bool) -> Array:
         c = self.c
-        logits = x @ self.w[p + "gate.weight"].T
+        gate = self.w[p + "gate.weight"]
+        logits = x @ gate.T
+        if self.broken == "bf16_router":
+            logits = round_bf16(round_bf16(x) @ round_bf16(gate).T)
         if self.broken == "naive_softplus":
             single = logits.astype(np.float32)
             scores = np.sqrt(np.log(np.float32(1) + np.exp(single))).astype(np.float64)
