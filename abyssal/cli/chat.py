@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from abyssal.cli.models import BUNDLED, folder_of
+from abyssal.cli.models import BUNDLED, open_model
 
 
 def chat(
@@ -20,18 +20,14 @@ def chat(
 
     The bundled model is a base model: it continues what you type and follows no instructions.
     """
-    from abyssal.checkpoint.load import load_model
     from abyssal.encoding.literals import BOS, EOS
-    from abyssal.encoding.tokenizer import Piece, Tokenizer
-    from abyssal.engine.engine import Engine
+    from abyssal.encoding.tokenizer import Piece
     from abyssal.engine.sampler import Sampling
 
-    folder = folder_of(model)
     sampling = Sampling(temperature=temperature, top_p=top_p)
-    tokenizer = Tokenizer(folder)
-    engine = Engine(load_model(folder))
+    tokenizer, engine = open_model(model)
     end = tokenizer.special(EOS)
-    print(f"{folder.name}: begin a text, the model continues it. Empty line or Ctrl-D ends.", file=sys.stderr)
+    print(f"{model}: begin a text, the model continues it. Empty line or Ctrl-D ends.", file=sys.stderr)
     while True:
         try:
             text = input("> ")

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from abyssal.base.errors import InputError
-from abyssal.cli.models import BUNDLED, folder_of, parse_ids
+from abyssal.cli.models import BUNDLED, open_model, parse_ids
 
 
 def generate(
@@ -26,24 +26,19 @@ def generate(
     """Continue a text with a model."""
     if sum(x is not None for x in (prompt, file, ids)) != 1:
         raise InputError("give exactly one of --prompt, --file and --ids")
-    from abyssal.checkpoint.load import load_model
     from abyssal.encoding.literals import BOS, EOS
-    from abyssal.encoding.tokenizer import Piece, Tokenizer
-    from abyssal.engine.engine import Engine
+    from abyssal.encoding.tokenizer import Piece
     from abyssal.engine.sampler import Sampling
 
-    folder = folder_of(model)
     sampling = Sampling(temperature=temperature, top_p=top_p, seed=seed)
-    tokenizer = Tokenizer(folder)
+    tokenizer, engine = open_model(model)
     if ids is not None:
         tokens = parse_ids(ids)
     else:
         text = _read(file) if file is not None else prompt or ""
         tokens = tokenizer.encode_pieces([Piece(BOS, special=True), Piece(text)])
-    engine = Engine(load_model(folder))
-    record, stream = engine.start(
-        tokens, max_tokens=max_tokens, sampling=sampling, stop=[tokenizer.special(EOS)]
-    )
+    stop = [tokenizer.special(EOS)]
+    record, stream = engine.start(tokens, max_tokens=max_tokens, sampling=sampling, stop=stop)
     pieces = []
     decoder = tokenizer.stream()
     for token in stream:

@@ -8,10 +8,13 @@ from typing import TYPE_CHECKING
 from abyssal.arch.config import ModelConfig
 from abyssal.arch.presets import PRESETS, preset
 from abyssal.base.errors import InputError
+from abyssal.base.machine import this_machine
 
 if TYPE_CHECKING:
     import torch
 
+    from abyssal.encoding.tokenizer import Tokenizer
+    from abyssal.engine.engine import Engine
     from abyssal.quant.numerics import Numerics
 
 BUNDLED = "nano"
@@ -52,6 +55,33 @@ def config_of(name: str) -> ModelConfig:
     if name in PRESETS:
         return preset(name)
     raise InputError(f"{name} is no folder, file or preset: presets are {', '.join(PRESETS)}")
+
+
+def open_model(name: str) -> tuple[Tokenizer, Engine]:
+    """A release in memory: as float32 where that fits, else with FP4 and FP8 weights as stored.
+
+    Raises:
+        InputError: there is no such folder, or not even the stored weights fit.
+        CheckpointError, ConfigError: the release is wrong.
+    """
+    from abyssal.arch.tensors import parameters
+    from abyssal.checkpoint.load import load_model
+    from abyssal.checkpoint.release import Release
+    from abyssal.encoding.tokenizer import Tokenizer
+    from abyssal.engine.engine import Engine
+
+    folder = folder_of(name)
+    tokenizer = Tokenizer(folder)
+    release = Release(folder)
+    stored = sum(spec.nbytes for spec in release.specs.values())
+    room = this_machine().memory_available
+    if stored > room:
+        raise InputError(
+            f"{name} holds {stored / 2**30:.1f} GiB of weights, {room / 2**30:.1f} GiB of memory are free:"
+            " use `abyssal logits --max-memory`, which reads them layer by layer"
+        )
+    model = load_model(folder, keep_quantised=4 * parameters(release.config) > room)
+    return tokenizer, Engine(model)
 
 
 def dtype_and_numerics(dtype: str, mode: str) -> tuple[torch.dtype, Numerics]:

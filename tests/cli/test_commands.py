@@ -206,3 +206,22 @@ def test_chat_in_a_terminal() -> None:
     os.write(master, b"\n")
     assert process.wait(30) == 0
     os.close(master)
+
+
+def test_weights_that_do_not_fit_are_refused_or_kept_quantised(monkeypatch: pytest.MonkeyPatch) -> None:
+    import abyssal.cli.models as models
+    from abyssal.base.errors import InputError
+    from abyssal.base.machine import Machine
+
+    def with_memory(size: int) -> None:
+        machine = Machine("cpu", "x", 2, size, size, size)
+        monkeypatch.setattr(models, "this_machine", lambda: machine)
+
+    with_memory(30 * 2**20)
+    _, engine = models.open_model("nano")
+    assert engine.model.layers[0].attn.wq_b.weight.dtype == torch.float8_e4m3fn
+    _, stream = engine.start([0, 100], max_tokens=3)
+    assert len(list(stream)) >= 1
+    with_memory(2**20)
+    with pytest.raises(InputError, match="--max-memory"):
+        models.open_model("nano")
