@@ -40,6 +40,21 @@ def choose(scores_BQT: Tensor, visible_Q: Tensor, k: int) -> Tensor:
     return above | (level & (level.cumsum(-1) <= room))
 
 
+def top_blocks(scores_BQT: Tensor, k: int) -> Tensor:
+    """`indices_of(choose(...))` for queries that see every block: [B, Q, min(k, T)], rising.
+
+    One top-k of k + 1 suffices unless the border is a tie, which the general choice breaks.
+    """
+    blocks = scores_BQT.shape[-1]
+    if blocks <= k:
+        return torch.arange(blocks, device=scores_BQT.device).expand(scores_BQT.shape)
+    best = scores_BQT.topk(k + 1, dim=-1)
+    if bool((best.values[..., k - 1] > best.values[..., k]).all()):
+        return best.indices[..., :k].sort(dim=-1).values
+    everything = torch.full((scores_BQT.shape[1],), blocks, device=scores_BQT.device)
+    return indices_of(choose(scores_BQT, everything, k), k)
+
+
 def indices_of(keep_BQT: Tensor, k: int) -> Tensor:
     """The chosen block numbers in rising order, [B, Q, k], with -1 in unused places."""
     blocks = keep_BQT.shape[-1]

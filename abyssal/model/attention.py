@@ -107,9 +107,11 @@ class Attention(nn.Module):
             last = min(first + tile, length)
             low = max(before + first - W + 1, 0)
             near = window_BKC[:, low : before + last]
-            queries = torch.arange(before + first, before + last, device=q_BSHC.device).unsqueeze(1)
-            keys = torch.arange(low, before + last, device=q_BSHC.device)
-            near_mask = (keys <= queries) & (keys > queries - W)
+            near_mask = None  # a lone query reads everything that is left of the window
+            if last - first > 1:
+                queries = torch.arange(before + first, before + last, device=q_BSHC.device).unsqueeze(1)
+                keys = torch.arange(low, before + last, device=q_BSHC.device)
+                near_mask = (keys <= queries) & (keys > queries - W)
             q = q_BSHC[:, first:last]
             part = None if index is None else (index[0][:, first:last], index[1][:, first:last])
             out.append(self._tile(q, near, near_mask, part, start + first, cache))
@@ -119,21 +121,28 @@ class Attention(nn.Module):
         self,
         q_BSHC: Tensor,
         near_BKC: Tensor,
-        near_mask: Tensor,
+        near_mask: Tensor | None,
         index: tuple[Tensor, Tensor] | None,
         start: int,
         cache: LayerCache,
     ) -> Tensor:
+        """Attention of a tile whose first query stands at position `start`."""
         sink, scale = self.attn_sink, self.config.head_dim**-0.5
-        ends = torch.arange(start + 1, start + 1 + q_BSHC.shape[1], device=q_BSHC.device)
-        blocks = int(ends[-1]) // self.ratio if self.ratio else 0
+        length = q_BSHC.shape[1]
+        blocks = (start + length) // self.ratio if self.ratio else 0
         if not blocks or cache.compressed is None:
             return attend(q_BSHC, near_BKC, near_mask, sink, scale)
-        visible_S = ends // self.ratio  # block s is visible once its last token has been read
         store = cache.compressed.store
+        if near_mask is None:  # a lone query: its entries are keys like those of the window
+            if index is not None and self.indexer is not None and cache.index is not None:
+                far = store.gather(self.indexer.top(*index, cache.index.store.read(blocks))).squeeze(1)
+            else:
+                far = store.read(blocks)
+            return attend(q_BSHC, torch.cat([near_BKC, far], dim=1), None, sink, scale)
+        ends = torch.arange(start + 1, start + 1 + length, device=q_BSHC.device)
+        visible_S = ends // self.ratio  # block s is visible once its last token has been read
         if index is not None and self.indexer is not None and cache.index is not None:
-            keys = cache.index.store.read(blocks)
-            keep = self.indexer.keep(*index, visible_S, keys)
+            keep = self.indexer.keep(*index, visible_S, cache.index.store.read(blocks))
             k = self.config.index_topk
             if blocks > GATHER_FROM * k and not q_BSHC.requires_grad:
                 chosen = indices_of(keep, k)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from abyssal.arch.config import ModelConfig
-from abyssal.kernels.index_topk import choose, index_scores
+from abyssal.kernels.index_topk import choose, index_scores, top_blocks
 from abyssal.kernels.precision import wide
 from abyssal.kernels.rotary import rotate_tail
 from abyssal.kvcache.sequence import CompressedState
@@ -62,6 +62,11 @@ class Indexer(nn.Module):
         with torch.no_grad():  # a choice has no gradient
             scores = index_scores(wide(q_BSIJ), wide(weights_BSI), wide(keys_BTJ))
             return choose(scores, visible_S, k)
+
+    def top(self, q_BSIJ: Tensor, weights_BSI: Tensor, keys_BTJ: Tensor) -> Tensor:
+        """Numbers of the chosen blocks of one query that sees all T of them, [B, 1, min(k, T)], rising."""
+        with torch.no_grad():
+            return top_blocks(index_scores(wide(q_BSIJ), wide(weights_BSI), wide(keys_BTJ)), self.config.index_topk)
 
     def _turned(self, x: Tensor) -> Tensor:
         return x if self.numerics.index == "exact" else hadamard(x)

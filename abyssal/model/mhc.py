@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor, nn
 
 from abyssal.arch.config import ModelConfig
 from abyssal.kernels.precision import wide
 from abyssal.kernels.sinkhorn import sinkhorn
+
+
+@functools.cache
+def _gate_of_row(streams: int, device: torch.device) -> Tensor:
+    """Which of the three gating factors scales each row of fn: pre, post, comb."""
+    return torch.tensor([0] * streams + [1] * streams + [2] * streams**2, device=device)
 
 
 def _projection(streams_TND: Tensor, fn: Tensor, eps: float) -> Tensor:
@@ -46,11 +54,10 @@ class Site:
         c = self.config
         N = c.hc_mult
         g = _projection(streams_TND, self.fn, c.rms_norm_eps)
-        base, scale = wide(self.base), wide(self.scale)
-        pre_TN = torch.sigmoid(g[:, :N] * scale[0] + base[:N]) + c.hc_eps
-        post_TN = 2 * torch.sigmoid(g[:, N : 2 * N] * scale[1] + base[N : 2 * N])
-        logits = (g[:, 2 * N :] * scale[2] + base[2 * N :]).unflatten(1, (N, N))
-        return _collapse(streams_TND, pre_TN), post_TN, sinkhorn(logits, c.hc_sinkhorn_iters, c.hc_eps)
+        factors = wide(self.scale)[_gate_of_row(N, g.device)]
+        pre, post, comb = torch.addcmul(wide(self.base), g, factors).split([N, N, N * N], dim=1)
+        mix = sinkhorn(comb.unflatten(1, (N, N)), c.hc_sinkhorn_iters, c.hc_eps)
+        return _collapse(streams_TND, pre.sigmoid() + c.hc_eps), 2 * post.sigmoid(), mix
 
     @staticmethod
     def leave(y_TD: Tensor, streams_TND: Tensor, post_TN: Tensor, mix_in_out_TNN: Tensor) -> Tensor:

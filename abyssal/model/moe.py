@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor, nn
 
@@ -75,6 +77,10 @@ class Experts(nn.Module):
         tokens, K = chosen_TK.shape
         if self.numerics.activations:
             x_TD = fake_fp8(x_TD, ACTIVATION_BLOCK)
+        if tokens == 1:  # nothing to sort into groups
+            pairs = sorted((number, place) for place, number in enumerate(chosen_TK[0].tolist()))
+            parts = [self._one(number, x_TD, weights_TK[:, place]) for number, place in pairs]
+            return functools.reduce(torch.add, parts)
         by_expert = chosen_TK.flatten().sort(stable=True)
         rows = by_expert.indices // K
         gains = weights_TK.flatten()[by_expert.indices]

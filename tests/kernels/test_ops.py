@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from abyssal.arch.presets import preset
 from abyssal.kernels.attention import attend, attend_gathered
-from abyssal.kernels.index_topk import choose, index_scores, indices_of
+from abyssal.kernels.index_topk import choose, index_scores, indices_of, top_blocks
 from abyssal.kernels.linear import BAND_ELEMENTS, dequantise, linear
 from abyssal.kernels.pool import pool
 from abyssal.kernels.rms_norm import rms_norm
@@ -226,3 +226,13 @@ def test_banded_products_equal_whole_ones(quantise: object, rows: int) -> None:
     x = torch.randn(2, 4096 if rows > 200 else 160)
     want = x @ dequantise(weight, scale, torch.float32).T
     torch.testing.assert_close(linear(x, weight, scale), want, rtol=1e-4, atol=1e-3)
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.integers(1, 40), st.integers(1, 12), st.integers(0, 2**31), st.booleans())
+def test_top_blocks_is_the_general_choice(blocks: int, k: int, seed: int, ties: bool) -> None:
+    scores = torch.randn(2, 1, blocks, generator=torch.Generator().manual_seed(seed))
+    if ties:
+        scores = scores.clamp(min=0)
+    want = indices_of(choose(scores, torch.tensor([blocks]), k), k)
+    assert torch.equal(top_blocks(scores, k), want)
