@@ -57,7 +57,8 @@ def write_aside(path: Path | str) -> Iterator[Path]:
 def write_folder(path: Path | str) -> Iterator[Path]:
     """Yield a temporary sibling folder; on success it takes the name `path`, otherwise it is removed.
 
-    An existing folder at `path` is replaced only at the end.
+    An existing folder at `path` is replaced only at the end, by two renames: a process killed between them leaves
+    it whole in a hidden sibling, `.<name>.old.*`.
 
     Raises:
         SaveError: the file system refused.
@@ -78,16 +79,14 @@ def write_folder(path: Path | str) -> Iterator[Path]:
         if path.exists():
             old = Path(tempfile.mkdtemp(prefix=f".{path.name}.old.", dir=path.parent))
             os.replace(path, old / path.name)
-        try:
-            os.replace(aside, path)
-        except OSError:
-            if old is not None:
-                os.replace(old / path.name, path)
-            raise
+        os.replace(aside, path)
         _sync(path.parent)
     except OSError as error:
         raise _save_error(path, error) from error
     finally:
+        # First of all, and for interrupts too: between the renames only `old` holds what was there before.
+        if old is not None and not path.exists():
+            os.replace(old / path.name, path)
         shutil.rmtree(aside, ignore_errors=True)
         if old is not None:
             shutil.rmtree(old, ignore_errors=True)

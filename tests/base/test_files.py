@@ -94,6 +94,28 @@ def test_an_exception_leaves_the_old_folder(tmp_path: Path, error: type[BaseExce
     assert [p.name for p in tmp_path.iterdir()] == ["f"]
 
 
+@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError])
+@pytest.mark.parametrize(("rename", "kept"), [(1, "old"), (2, "new")])
+def test_a_failure_right_after_a_rename_loses_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rename: int, kept: str, error: type[BaseException]
+) -> None:
+    with write_folder(tmp_path / "f") as aside:
+        (aside / "old").write_text("old")
+    real, count = os.replace, [0]
+
+    def replace(source: Path, target: Path) -> None:
+        real(source, target)
+        count[0] += 1
+        if count[0] == rename:
+            raise error
+
+    monkeypatch.setattr(os, "replace", replace)
+    with pytest.raises((KeyboardInterrupt, SaveError)), write_folder(tmp_path / "f") as aside:
+        (aside / "new").write_text("new")
+    assert [p.name for p in (tmp_path / "f").iterdir()] == [kept]
+    assert [p.name for p in tmp_path.iterdir()] == ["f"]
+
+
 def test_a_kill_leaves_an_old_or_a_new_file_and_never_a_mix(tmp_path: Path) -> None:
     path = tmp_path / "a"
     script = (

@@ -123,7 +123,11 @@ def round_bf16(x: Array) -> Array:
 def _blocks(x: Array, block: int) -> tuple[Array, int]:
     spare = -x.shape[-1] % block
     padded = np.concatenate([x, np.zeros((*x.shape[:-1], spare))], axis=-1)
-    return padded.reshape(*x.shape[:-1], -1, block), x.shape[-1]
+    return padded.reshape(*x.shape[:-1], padded.shape[-1] // block, block), x.shape[-1]
+
+
+def _joined(cut: Array, width: int) -> Array:
+    return cut.reshape(*cut.shape[:-2], cut.shape[-2] * cut.shape[-1])[..., :width]
 
 
 def fake_fp8(x: Array, block: int, rounding: bool = True) -> Array:
@@ -131,14 +135,14 @@ def fake_fp8(x: Array, block: int, rounding: bool = True) -> Array:
     cut, width = _blocks(x, block)
     scale = 2.0 ** np.ceil(np.log2(np.maximum(np.abs(cut).max(-1, keepdims=True), 1e-4) / 448))
     inside = round_e4m3(cut / scale) if rounding else np.clip(cut / scale, -448, 448)
-    return (inside * scale).reshape(*x.shape[:-1], -1)[..., :width]
+    return _joined(inside * scale, width)
 
 
 def fake_fp4(x: Array, block: int = 32) -> Array:
     """3.6, with 6 for 448 and 6 * 2^-126 for 1e-4."""
     cut, width = _blocks(x, block)
     scale = 2.0 ** np.ceil(np.log2(np.maximum(np.abs(cut).max(-1, keepdims=True), 6 * 2.0**-126) / 6))
-    return (round_e2m1(cut / scale) * scale).reshape(*x.shape[:-1], -1)[..., :width]
+    return _joined(round_e2m1(cut / scale) * scale, width)
 
 
 def hadamard_matrix(size: int) -> Array:
@@ -261,7 +265,7 @@ class _Plain:
         return x @ self.w[name + ".weight"].T
 
     # 2.5
-    def rotate(self, x: Array, positions: Array, ratio: int, inverse: bool = False) -> Array:
+    def rotate(self, x: Array, positions: NDArray[Any], ratio: int, inverse: bool = False) -> Array:
         c, R = self.c, self.R
         base = c["compress_rope_theta"] if ratio and self.broken != "one_rope" else c["rope_theta"]
         if ratio and self.broken == "theta_40000":
