@@ -41,7 +41,7 @@ def _sums(mix: Tensor, axis: int) -> Tensor:
     return total
 
 
-def _steps(mix: Tensor, iterations: int, eps: float, kept: list[Any] | None = None) -> Tensor:
+def _steps(mix: Tensor, iterations: int, eps: float, kept: list[tuple[int, Tensor, Tensor]] | None = None) -> Tensor:
     """Column step, then rows and columns in turn; keeps (axis, divisor, result) for the backward pass."""
     for axis in [0, *(1, 0) * (iterations - 1)]:
         divisor = _sums(mix, axis) + eps
@@ -66,13 +66,19 @@ class _Normalise(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, mix_NNT: Tensor, iterations: int, eps: float) -> Tensor:
-        ctx.kept = []
-        return _steps(mix_NNT, iterations, eps, ctx.kept)
+        kept: list[tuple[int, Tensor, Tensor]] = []
+        mixed = _steps(mix_NNT, iterations, eps, kept)
+        ctx.axes = [axis for axis, _, _ in kept]
+        # not as attributes: a node that holds its own output is never freed
+        ctx.save_for_backward(*(tensor for _, divisor, result in kept for tensor in (divisor, result)))
+        return mixed
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
         (grad,) = grads
-        for axis, divisor, result in reversed(ctx.kept):
+        saved = ctx.saved_tensors
+        for step, axis in reversed(list(enumerate(ctx.axes))):
+            divisor, result = saved[2 * step : 2 * step + 2]
             shared = _sums(grad * result, axis)
             grad = (grad - (shared if axis == 0 else shared[:, None])) / divisor
         return grad, None, None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from dataclasses import replace
 
 import pytest
@@ -103,3 +104,18 @@ def test_gradients_flow_through_cached_chunks() -> None:
     for name, p in model.named_parameters():
         if p.grad is not None:
             torch.testing.assert_close(p.grad, whole[name], rtol=1e-8, atol=1e-10)
+
+
+def test_backward_passes_leave_no_tensors_behind() -> None:
+    """A graph node that holds its own output keeps every step's activations alive."""
+
+    def tensors() -> int:
+        gc.collect()
+        return sum(1 for o in gc.get_objects() if issubclass(type(o), torch.Tensor))
+
+    _, model, ids = tiny()
+    loss_of(model, ids).backward()
+    before = tensors()
+    for _ in range(3):
+        loss_of(model, ids).backward()
+    assert tensors() <= before
