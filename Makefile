@@ -12,7 +12,7 @@ BIN = $(VENV)/bin
 
 run: $(VENV)/.installed
 	@if [ -t 0 ] && [ -t 1 ]; then $(BIN)/abyssal chat; \
-	else $(BIN)/abyssal generate --prompt "In the beginning" --temperature 0.7 --seed 1; fi
+	else $(BIN)/abyssal generate --prompt "And the king said unto" --temperature 0.6 --seed 2; fi
 
 test: $(VENV)/.installed-test lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2
