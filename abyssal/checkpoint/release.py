@@ -8,13 +8,14 @@ from pathlib import Path
 from torch import Tensor
 
 from abyssal.arch.config import ModelConfig
-from abyssal.arch.tensors import Layout, TensorSpec, default_layout, inventory, is_draft_copy
-from abyssal.base.errors import CheckpointError
+from abyssal.arch.tensors import GROUP, Layout, TensorSpec, default_layout, inventory, is_draft_copy
+from abyssal.base.errors import CheckpointError, ConfigError
 from abyssal.checkpoint.shards import Shards
 
 # a header decides over the config (trap 33): Base releases hold F32 scales although their config says ue8m0
 SCALE_DTYPES = ("F8_E8M0", "F32")
 PLAIN_DTYPES = ("BF16", "F32")
+FP4_LAYOUTS = ("flash", "0731")
 FOREIGN_SCALES = (".weight_scale_inv", ".weight_scale", ".scales", ".qscale")
 
 
@@ -37,24 +38,29 @@ class Release:
         config = ModelConfig.from_file(self.folder / "config.json")
         self.shards = Shards(self.folder)
         self.config, self.layout = _recognise(config, self.shards)
+        check_groups(self.config, self.layout)
         self.specs = {spec.name: spec for spec in inventory(self.config, self.layout)}
         self._check()
 
     def _check(self) -> None:
         for spec in self.specs.values():
-            if is_draft_copy(spec.name):
-                continue
-            if spec.name not in self.shards:
+            name = spec.name
+            if is_draft_copy(name):
+                copied = self.draft_copy(spec)
+                if copied is None:  # the model's own tensors serve as well
+                    continue
+                name = copied
+            if name not in self.shards:
                 raise CheckpointError(self._missing(spec))
-            found = self.shards.info(spec.name)
+            found = self.shards.info(name)
             if found.dtype not in _accepted(spec):
                 raise CheckpointError(
-                    f"{spec.name} has dtype {found.dtype}, expected {' or '.join(_accepted(spec))} in layout"
+                    f"{name} has dtype {found.dtype}, expected {' or '.join(_accepted(spec))} in layout"
                     f" {self.layout}: this is another release than config.json describes"
                 )
             if found.shape != spec.shape:
                 raise CheckpointError(
-                    f"{spec.name} has shape {list(found.shape)}, expected {list(spec.shape)}:"
+                    f"{name} has shape {list(found.shape)}, expected {list(spec.shape)}:"
                     " this is another release than config.json describes"
                 )
         for name in self.shards.tensors:
@@ -87,6 +93,19 @@ class Release:
             if is_draft_copy(name) and name.endswith("head.weight") == head:
                 return name
         return None
+
+
+def check_groups(config: ModelConfig, layout: Layout) -> None:
+    """Packed FP4 has a scale for each 32 inputs.
+
+    Raises:
+        ConfigError: the inputs of the routed experts do not come in groups of 32.
+    """
+    for name in ("hidden_size", "moe_intermediate_size"):
+        if layout in FP4_LAYOUTS and getattr(config, name) % GROUP:
+            raise ConfigError(
+                f"{name} is {getattr(config, name)}: FP4 experts need a multiple of {GROUP}, choose layout base or bf16"
+            )
 
 
 def _accepted(spec: TensorSpec) -> tuple[str, ...]:

@@ -16,7 +16,7 @@ from abyssal.arch.tensors import LAYOUTS, Layout, TensorSpec, inventory, is_draf
 from abyssal.base.errors import CheckpointError, ConfigError, SaveError
 from abyssal.base.files import write_folder, write_json
 from abyssal.base.progress import Progress
-from abyssal.checkpoint.release import Release
+from abyssal.checkpoint.release import Release, check_groups
 from abyssal.checkpoint.shards import TORCH_DTYPES
 from abyssal.checkpoint.writer import SHARD_BYTES, ShardWriter
 from abyssal.kernels.linear import dequantise
@@ -25,13 +25,14 @@ from abyssal.quant.fp4 import fp4_to_fp8, fp8_to_fp4, quantise_fp4
 from abyssal.quant.fp8 import quantise_fp8
 
 Value = tuple[Tensor, Tensor | None]  # a stored weight and its scale
+QUANTISED_DTYPES = (torch.float8_e4m3fn, torch.int8, torch.uint8)
 
 
 def with_layout(config: ModelConfig, layout: Layout) -> tuple[ModelConfig, Layout]:
     """The configuration that describes a model in this layout.
 
     Raises:
-        ConfigError: the layout is unknown, or needs DSpark stages that the model lacks.
+        ConfigError: the layout is unknown, or needs DSpark stages or groups of inputs that the model lacks.
     """
     if layout not in LAYOUTS:
         raise ConfigError(f"unknown layout {layout!r}: choose from {', '.join(LAYOUTS)}")
@@ -39,6 +40,7 @@ def with_layout(config: ModelConfig, layout: Layout) -> tuple[ModelConfig, Layou
         layout = "0731"
     if layout == "0731" and not config.dspark:
         raise ConfigError("layout 0731 has DSpark stages, which this model lacks: choose flash")
+    check_groups(config, layout)
     expert = {"flash": "fp4", "0731": "fp4", "base": "fp8"}.get(layout)
     torch_dtype = "float32" if layout == "fp32" else "bfloat16"
     return replace(config, expert_dtype=expert, torch_dtype=torch_dtype), layout
@@ -95,7 +97,10 @@ def _write(
                     writer.add(spec.name, scales.pop(spec.name))
                 else:
                     scale_dtype = scale_dtypes[spec.scale] if spec.scale else None
-                    weight, scale = _as_stored(spec, value_of(spec), scale_dtype)
+                    try:
+                        weight, scale = _as_stored(spec, value_of(spec), scale_dtype)
+                    except ValueError as error:  # of the number formats, which know no names
+                        raise CheckpointError(f"{spec.name}: {error}; nothing was written") from None
                     writer.add(spec.name, weight)
                     if spec.scale and scale is not None:
                         scales[spec.scale] = scale
@@ -113,6 +118,13 @@ def _generation_config(config: ModelConfig) -> dict[str, object]:
         "temperature": 1.0,
         "top_p": 1.0,
     }
+
+
+def _keep_apart(source: Path, folder: Path) -> None:
+    """Refuse to replace a folder that holds the source, or to write into what is being copied."""
+    inner, outer = folder.resolve(), source.resolve()
+    if outer in inner.parents or inner in outer.parents:
+        raise CheckpointError(f"{folder} and {source} lie inside each other: choose a folder outside")
 
 
 def copy_small_files(source: Path) -> Callable[[Path], None]:
@@ -142,19 +154,22 @@ def save_model(
     """Write a model's state as a release that `transformers` loads unchanged.
 
     Args:
-        state: `Transformer.state_dict()`; routed experts stacked, float weights.
+        state: `Transformer.state_dict()`; routed experts stacked, weights float or still quantised.
         config: the model's numbers.
         layout: flash, base, bf16 or fp32.
         folder: where to; replaced as a whole, or left as it is on any failure.
         files_from: a folder whose tokenizer and other small files are copied.
     Raises:
         SaveError: the file system refused, or the state lacks a tensor.
+        CheckpointError: a weight cannot be stored in this layout, or the folders lie inside each other.
         ConfigError: the layout does not fit the model.
     """
     config, layout = with_layout(config, layout)
+    if files_from is not None:
+        _keep_apart(files_from, Path(folder))
 
     def value_of(spec: TensorSpec) -> Value:
-        return _from_state(state, spec.name), None
+        return _from_state(state, spec.name)
 
     def beside(aside: Path) -> None:
         write_json(aside / "generation_config.json", _generation_config(config))
@@ -164,18 +179,23 @@ def save_model(
     _write(config, layout, Path(folder), value_of, beside, shard_bytes)
 
 
-def _from_state(state: Mapping[str, Tensor], name: str) -> Tensor:
+def _from_state(state: Mapping[str, Tensor], name: str) -> Value:
     head, routed, tail = name.partition(".ffn.experts.")
+    number: int | None = None
     if routed:
-        number, part, _ = tail.split(".")
-        name = f"{head}{routed}{part}"
-        if name in state:
-            return state[name][int(number)]
+        expert, part, _ = tail.split(".")
+        number, name = int(expert), f"{head}{routed}{part}"
     elif is_draft_copy(name):
         name = "head.weight" if name.endswith("head.weight") else "embed.weight"
     if name not in state:
         raise SaveError(f"the model has no {name}, which the release needs; nothing was written")
-    return state[name]
+    weight = state[name]
+    scale = state.get(f"{name}_scale" if routed else f"{name.removesuffix('.weight')}.scale")
+    if scale is None and weight.dtype in QUANTISED_DTYPES:
+        raise SaveError(f"{name} is quantised ({weight.dtype}) and its scale is not in the state; nothing was written")
+    if number is not None:
+        return weight[number], None if scale is None else scale[number]
+    return weight, scale
 
 
 def convert(source: Path | str, folder: Path | str, layout: Layout, *, shard_bytes: int = SHARD_BYTES) -> None:
@@ -184,13 +204,15 @@ def convert(source: Path | str, folder: Path | str, layout: Layout, *, shard_byt
     FP4 becomes FP8 without loss; FP8 that came from FP4 goes back without loss; anything else is rounded.
 
     Raises:
-        CheckpointError: the source is wrong, or both folders are the same.
+        CheckpointError: the source is wrong or cannot be stored in this layout, or both folders are the same or
+            lie inside each other.
         ConfigError: the layout does not fit the model.
         SaveError: the file system refused; nothing was written.
     """
     release = Release(source)
     if Path(folder).resolve() == release.folder.resolve():
         raise CheckpointError(f"{folder} is the source itself: choose another folder")
+    _keep_apart(release.folder, Path(folder))
     config, layout = with_layout(release.config, layout)
 
     def value_of(spec: TensorSpec) -> Value:

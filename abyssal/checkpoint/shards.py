@@ -90,7 +90,7 @@ class Shards:
         try:
             weight_map = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_no_duplicates)["weight_map"]
             names = dict(weight_map)
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise CheckpointError(f"{path} is not a safetensors index ({error}): fetch it again") from None
         for file in names.values():
             if not isinstance(file, str) or Path(file).is_absolute() or ".." in Path(file).parts:
@@ -125,11 +125,16 @@ class Shards:
         return _tensor(info, _bytes(info.file, info.start, info.nbytes), info.shape)
 
     def read_rows(self, name: str, first: int, last: int) -> Tensor:
-        """Rows first..last-1 of a tensor; only their bytes are read."""
+        """Rows first..last-1 of a tensor; only their bytes are read.
+
+        Raises:
+            CheckpointError: it has no such rows.
+        """
         info = self.info(name)
-        if not 0 <= first <= last <= info.shape[0]:
-            raise CheckpointError(f"rows {first}..{last} of {name}: it has {info.shape[0]}")
-        row = info.nbytes // info.shape[0]
+        rows = info.shape[0] if info.shape else 0
+        if not 0 <= first <= last <= rows:
+            raise CheckpointError(f"{name} has {rows} rows: there are no rows {first} to {last}")
+        row = info.nbytes // max(rows, 1)
         data = _bytes(info.file, info.start + first * row, (last - first) * row)
         return _tensor(info, data, (last - first, *info.shape[1:]))
 
@@ -143,13 +148,20 @@ def _tensor(info: StoredTensor, data: bytearray, shape: tuple[int, ...]) -> Tens
 def _bytes(path: Path, start: int, count: int) -> bytearray:
     data = bytearray(count)
     view, done = memoryview(data), 0
-    with path.open("rb", buffering=0) as file:
-        while done < count:
-            got = os.preadv(file.fileno(), [view[done:]], start + done)
-            if not got:
-                raise CheckpointError(f"{path} ends {count - done} bytes too early: fetch it again")
-            done += got
+    try:
+        with path.open("rb", buffering=0) as file:
+            while done < count:
+                got = os.preadv(file.fileno(), [view[done:]], start + done)
+                if not got:
+                    raise CheckpointError(f"{path} ends {count - done} bytes too early: fetch it again")
+                done += got
+    except OSError as error:
+        raise _unreadable(path, error) from error
     return data
+
+
+def _unreadable(path: Path, error: OSError) -> CheckpointError:
+    return CheckpointError(f"{path} cannot be read ({error.strerror}): check the file and its permissions")
 
 
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -167,7 +179,10 @@ def read_header(path: Path) -> Iterator[StoredTensor]:
     Raises:
         CheckpointError: the file is truncated, or its header is too long, no JSON, or contradicts the file.
     """
-    size = path.stat().st_size
+    try:
+        size = path.stat().st_size
+    except OSError as error:
+        raise _unreadable(path, error) from error
     if size < 8:
         raise CheckpointError(f"{path} has {size} bytes, too few for a safetensors file: fetch it again")
     length = int.from_bytes(_bytes(path, 0, 8), "little")
@@ -207,7 +222,7 @@ def _offsets(path: Path, name: str, entry: Any) -> tuple[int, int]:
 
 def _entry(path: Path, name: str, entry: dict[str, Any], data_start: int) -> StoredTensor:
     dtype, shape = entry.get("dtype"), entry.get("shape")
-    if dtype not in TORCH_DTYPES:
+    if not isinstance(dtype, str) or dtype not in TORCH_DTYPES:
         raise CheckpointError(f"{path}: {name} has dtype {dtype!r}; abyssal reads {', '.join(TORCH_DTYPES)}")
     if not isinstance(shape, list) or not all(type(n) is int and n >= 0 for n in shape):
         raise CheckpointError(f"{path}: {name} has shape {shape!r}, not a list of sizes: fetch it again")

@@ -11,6 +11,14 @@ from torch import Tensor
 from abyssal.kernels.precision import wide
 
 
+def inverse_rms(x: Tensor, eps: float) -> Tensor:
+    """1 / sqrt(mean(x ** 2) + eps) over the last dimension, which stays with size 1.
+
+    A sum and a factor: torch's `mean` takes twice as long on a few rows.
+    """
+    return torch.rsqrt(x.square().sum(-1, keepdim=True) * (1 / x.shape[-1]) + eps)
+
+
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
     """Normalise `x [..., D]` and scale it by `weight [D]`, or by nothing.
 
@@ -18,7 +26,7 @@ def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
         A tensor of the shape and dtype of `x`.
     """
     x32 = wide(x)
-    normed = x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + eps)
+    normed = x32 * inverse_rms(x32, eps)
     if weight is not None:
         normed = normed * wide(weight)
     return normed.to(x.dtype)

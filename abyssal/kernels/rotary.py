@@ -33,6 +33,6 @@ def rotate_tail(x: Tensor, turn: Tensor) -> Tensor:
     """
     rope_dim = 2 * turn.shape[-1]
     plain, tail = x[..., :-rope_dim], wide(x[..., -rope_dim:])
-    pairs = torch.view_as_complex(tail.unflatten(-1, (-1, 2)).contiguous())
+    pairs = torch.view_as_complex(tail.unflatten(-1, (-1, 2)))
     turned = torch.view_as_real(pairs * turn).flatten(-2)
     return torch.cat([plain, turned.to(x.dtype)], dim=-1)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from abyssal.arch.config import ModelConfig
 from abyssal.kernels.precision import wide
+from abyssal.kernels.rms_norm import inverse_rms
 from abyssal.kernels.sinkhorn import sinkhorn
 
 
@@ -21,7 +22,7 @@ def _gate_of_row(streams: int, device: torch.device) -> Tensor:
 def _projection(streams_TND: Tensor, fn: Tensor, eps: float) -> Tensor:
     """Project all streams of a token, divided by one root mean square over them, in float32."""
     flat = wide(streams_TND.flatten(1))  # stream-major: stream 0 first
-    return (flat @ wide(fn).T) * torch.rsqrt(flat.square().mean(-1, keepdim=True) + eps)
+    return (flat @ wide(fn).T) * inverse_rms(flat, eps)
 
 
 def _collapse(streams_TND: Tensor, pre_TN: Tensor) -> Tensor:

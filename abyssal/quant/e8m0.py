@@ -37,6 +37,10 @@ def encode_e8m0(scale: Tensor) -> Tensor:
 
 
 def power_of_two_above(x: Tensor) -> Tensor:
-    """2 ** ceil(log2(x)) without a logarithm, so that exact powers stay themselves; x > 0."""
+    """2 ** ceil(log2(x)) without a logarithm, so that exact powers stay themselves; x > 0.
+
+    Infinity and NaN give NaN: a broken block shows itself instead of being clamped to a plausible number.
+    """
     mantissa, exponent = torch.frexp(x)
-    return torch.ldexp(torch.ones_like(x), exponent - (mantissa == 0.5).to(exponent.dtype))
+    power = torch.ldexp(torch.ones_like(x), exponent - (mantissa == 0.5).to(exponent.dtype))
+    return power + (x - x)  # + 0, or NaN

@@ -8,11 +8,12 @@ is packed FP4 with one scale byte for 32 values: 64 + 4 = 68 bytes.
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from abyssal.quant.e8m0 import decode_e8m0, encode_e8m0
 from abyssal.quant.fp4 import GROUP, dequantise_fp4, quantise_fp4
-from abyssal.quant.fp8 import block_scale, blocks_of, fake_fp8, to_e4m3
+from abyssal.quant.fp8 import block_scale, blocks_of, fake_fp8, round_once, to_e4m3
 
 BLOCK = 64
 ALIGN = 8
@@ -26,7 +27,11 @@ def entry_bytes(dim: int, rope_dim: int) -> int:
 
 def index_key_bytes(dim: int) -> int:
     """Bytes of a packed index key of `dim` values."""
-    return dim // 2 + dim // GROUP
+    return dim // 2 + -(-dim // GROUP)
+
+
+def _to_bfloat16(x: Tensor) -> Tensor:
+    return round_once(x, 8, -126).to(torch.bfloat16)
 
 
 def pack_entry(x: Tensor, rope_dim: int) -> Tensor:
@@ -36,7 +41,7 @@ def pack_entry(x: Tensor, rope_dim: int) -> Tensor:
     cut = blocks_of((x if x.dtype == torch.float64 else x.float())[..., :plain], BLOCK)
     scale = block_scale(cut)
     codes = to_e4m3(cut / scale).flatten(-2)[..., :plain].contiguous().view(torch.uint8)
-    tail = x[..., plain:].to(torch.bfloat16).contiguous().view(torch.uint8)
+    tail = _to_bfloat16(x[..., plain:]).contiguous().view(torch.uint8)
     parts = [codes, tail, encode_e8m0(scale.squeeze(-1))]
     spare = entry_bytes(dim, rope_dim) - sum(p.shape[-1] for p in parts)
     return torch.cat([*parts, codes.new_zeros(*x.shape[:-1], spare)], dim=-1)
@@ -49,7 +54,8 @@ def unpack_entry(packed: Tensor, dim: int, rope_dim: int, dtype: torch.dtype) ->
     scales = packed[..., plain + 2 * rope_dim : plain + 2 * rope_dim + -(-plain // BLOCK)]
     codes = packed[..., :plain].contiguous().view(torch.float8_e4m3fn).to(precise)
     values = (blocks_of(codes, BLOCK) * decode_e8m0(scales, precise).unsqueeze(-1)).flatten(-2)[..., :plain]
-    tail = packed[..., plain : plain + 2 * rope_dim].contiguous().view(torch.bfloat16)
+    # a copy, because a lone entry's slice may start at an odd byte
+    tail = packed[..., plain : plain + 2 * rope_dim].clone(memory_format=torch.contiguous_format).view(torch.bfloat16)
     return torch.cat([values.to(dtype), tail.to(dtype)], dim=-1)
 
 
@@ -57,7 +63,7 @@ def fake_entry(x: Tensor, rope_dim: int) -> Tensor:
     """What packing and unpacking make of entries [..., dim]; the gradient passes straight through."""
     plain = x.shape[-1] - rope_dim
     tail = x[..., plain:]
-    rounded = tail.detach().to(torch.bfloat16).to(x.dtype)
+    rounded = _to_bfloat16(tail.detach()).to(x.dtype)
     if x.requires_grad:
         rounded = tail + (rounded - tail).detach()
     return torch.cat([fake_fp8(x[..., :plain], BLOCK), rounded], dim=-1)
@@ -65,11 +71,15 @@ def fake_entry(x: Tensor, rope_dim: int) -> Tensor:
 
 def pack_index_key(x: Tensor) -> Tensor:
     """Index keys [..., dim] as bytes [..., index_key_bytes]."""
-    return torch.cat(quantise_fp4(x), dim=-1)
+    dim = x.shape[-1]
+    codes, scales = quantise_fp4(F.pad(x, (0, -dim % GROUP)))
+    return torch.cat([codes[..., : dim // 2], scales], dim=-1)
 
 
 def unpack_index_key(packed: Tensor, dtype: torch.dtype) -> Tensor:
     """Bytes [..., index_key_bytes] as index keys [..., dim]."""
-    dim = packed.shape[-1] * 2 * GROUP // (GROUP + 2)
-    codes, scales = packed.split([dim // 2, dim // GROUP], dim=-1)
-    return dequantise_fp4(codes.contiguous(), scales.contiguous(), dtype)
+    groups, rest = divmod(packed.shape[-1], GROUP // 2 + 1)
+    dim = groups * GROUP + (2 * (rest - 1) if rest else 0)
+    codes, scales = packed[..., : dim // 2], packed[..., dim // 2 :]
+    codes = F.pad(codes, (0, -dim % GROUP // 2))
+    return dequantise_fp4(codes.contiguous(), scales.contiguous(), dtype)[..., :dim]

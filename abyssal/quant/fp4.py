@@ -101,20 +101,27 @@ def fp4_to_fp8(packed: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
     Returns:
         weight float8_e4m3fn [..., O, I] and scale bytes uint8 [..., ceil(O/128), ceil(I/128)].
     Raises:
-        ValueError: the scales of a tile lie too far apart for E4M3.
+        ValueError: the scales of a tile lie too far apart for E4M3, or one is NaN.
     """
     rows, columns = packed.shape[-2], packed.shape[-1] * 2
     fine = decode_e8m0(scale, torch.float64)
+    if bool(fine.isnan().any()):
+        raise ValueError("an FP4 scale is NaN (byte 255): this weight is damaged")
     down, across = -(-rows // TILE), -(-columns // TILE)
     groups = TILE // GROUP
     padded = torch.nn.functional.pad(fine, (0, across * groups - fine.shape[-1], 0, down * TILE - rows))
     tiles = padded.unflatten(-1, (across, groups)).unflatten(-3, (down, TILE))
-    coarse = tiles.amax(dim=(-3, -1)) / 2.0**6
+    # the floor is for tiles of zeros, whose scales are as small as scales can be
+    coarse = (tiles.amax(dim=(-3, -1)) / 2.0**6).clamp(min=2.0**-126)
     values = dequantise_fp4(packed, scale, torch.float64)
     ratio = values / expand_tiles(coarse, rows, columns)
     stored = ratio.to(torch.float8_e4m3fn)
-    if not torch.equal(stored.to(torch.float64), ratio):
-        spread = float((fine.amax() / fine.amin()).log2())
+    inexact = stored.to(torch.float64) != ratio
+    if bool(inexact.any()):
+        *lead, row, column = inexact.nonzero()[0].tolist()
+        top, left = row // TILE * TILE, column // TILE * groups
+        tile = fine[tuple(lead)][top : top + TILE, left : left + groups]
+        spread = float((tile.amax() / tile.amin()).log2())
         raise ValueError(f"FP4 scales spread over 2**{spread:.0f}: E4M3 holds 2**14 inside a tile; keep these in FP4")
     return stored, encode_e8m0(coarse)
 

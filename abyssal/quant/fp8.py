@@ -9,7 +9,9 @@ from torch import Tensor
 from abyssal.quant.e8m0 import decode_e8m0, encode_e8m0, power_of_two_above
 
 E4M3_MAX = 448.0
-SMALLEST_AMAX = 1e-4  # the reference's floor of a block's largest magnitude
+SMALLEST_AMAX = 1e-4  # the reference's floor of a block's largest magnitude, for activations
+# weights have none: below 1e-4 it would cut bits off a stored tile that is read and written again
+SMALLEST_WEIGHT_AMAX = E4M3_MAX * 2.0**-126
 TILE = 128
 
 
@@ -23,9 +25,25 @@ def expand_tiles(scale: Tensor, rows: int, columns: int) -> Tensor:
     return wide.repeat_interleave(TILE, dim=-1)[..., :columns]
 
 
+def round_once(x: Tensor, bits: int, smallest: int) -> Tensor:
+    """Round float64 to `bits` significant binary digits, ties to even; other dtypes pass unchanged.
+
+    torch casts float64 to FP8 and bfloat16 by way of float32, which rounds twice: just beside the middle of two
+    numbers it then takes the wrong one.
+
+    Args:
+        smallest: exponent of the smallest normal number of the target format.
+    """
+    if x.dtype != torch.float64:
+        return x
+    exponent = torch.frexp(x).exponent.clamp(min=smallest + 1)
+    step = torch.ldexp(torch.ones_like(x), exponent - bits)
+    return torch.round(x / step) * step
+
+
 def to_e4m3(x: Tensor) -> Tensor:
-    """Nearest E4M3 number, ties to even, clamped to +-448; float32 steps are exact enough for float64 too."""
-    return x.clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
+    """Nearest E4M3 number, ties to even, clamped to +-448."""
+    return round_once(x.clamp(-E4M3_MAX, E4M3_MAX), 4, -6).to(torch.float8_e4m3fn)
 
 
 def quantise_fp8(weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -39,7 +57,7 @@ def quantise_fp8(weight: Tensor) -> tuple[Tensor, Tensor]:
     x = weight if weight.dtype == torch.float64 else weight.float()
     padded = F.pad(x, (0, across * TILE - columns, 0, down * TILE - rows))
     amax = padded.unflatten(-1, (across, TILE)).unflatten(-3, (down, TILE)).abs().amax(dim=(-3, -1))
-    scale = power_of_two_above(amax.clamp(min=SMALLEST_AMAX) / E4M3_MAX)
+    scale = power_of_two_above(amax.clamp(min=SMALLEST_WEIGHT_AMAX) / E4M3_MAX)
     return to_e4m3(x / expand_tiles(scale, rows, columns)), encode_e8m0(scale)
 
 

@@ -15,10 +15,11 @@ def hadamard(x: Tensor) -> Tensor:
     size = x.shape[-1]
     if size & (size - 1) or not size:
         raise ValueError(f"a Hadamard transform needs a power of two, got {size} values")
-    out, half = x, 1
+    # seven steps in bfloat16 would round seven times
+    out, half = x.float() if x.dtype in (torch.bfloat16, torch.float16) else x, 1
     while half < size:
         pairs = out.unflatten(-1, (-1, 2, half))
         low, high = pairs[..., 0, :], pairs[..., 1, :]
         out = torch.stack([low + high, low - high], dim=-2).flatten(-3)
         half *= 2
-    return out * size**-0.5
+    return (out * size**-0.5).to(x.dtype)

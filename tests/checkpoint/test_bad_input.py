@@ -7,10 +7,12 @@ import os
 import resource
 import shutil
 import signal
+import struct
 import subprocess
 import sys
 import textwrap
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -189,6 +191,58 @@ def test_index_that_is_garbage_or_forgets_a_tensor(copy: Path) -> None:
         Release(copy)
 
 
+@pytest.mark.parametrize("text", ["[" * 100_000, '{"weight_map": null}', '{"weight_map": [1]}', "[]", "\x00"])
+def test_index_that_is_garbage(copy: Path, text: str) -> None:
+    (copy / INDEX).write_text(text)
+    with pytest.raises(CheckpointError, match="not a safetensors index"):
+        Release(copy)
+
+
+@pytest.mark.parametrize("dtype", [["F32"], {}, None, 3])
+def test_dtype_that_is_no_text(copy: Path, dtype: Any) -> None:
+    edit_header(shard_of(copy, "norm.weight"), lambda h: h["norm.weight"].update(dtype=dtype))
+    with pytest.raises(CheckpointError, match=r"norm\.weight has dtype"):
+        Release(copy)
+
+
+@pytest.mark.parametrize("entry", [3, None, "x", [1, 2], {"dtype": "F32", "shape": [4]}])
+def test_header_entry_that_is_no_tensor(copy: Path, entry: Any) -> None:
+    edit_header(shard_of(copy, "norm.weight"), lambda h: h.update({"norm.weight": entry}))
+    with pytest.raises(CheckpointError, match=r"norm\.weight has no valid data_offsets"):
+        Release(copy)
+
+
+def test_shards_that_cannot_be_read(copy: Path) -> None:
+    (copy / INDEX).unlink()
+    (copy / "folder.safetensors").mkdir()
+    with pytest.raises(CheckpointError, match=r"folder\.safetensors cannot be read"):
+        Release(copy)
+    (copy / "folder.safetensors").rmdir()
+    (copy / "link.safetensors").symlink_to(copy / "gone")
+    with pytest.raises(CheckpointError, match=r"link\.safetensors cannot be read"):
+        Release(copy)
+
+
+def test_rows_that_are_not_there(releases: dict[str, Path]) -> None:
+    shards = Release(releases["flash"]).shards
+    for first, last in ((0, 151), (-1, 2), (3, 2)):
+        with pytest.raises(CheckpointError, match=r"embed\.weight has 150 rows"):
+            shards.read_rows("embed.weight", first, last)
+
+
+def test_shape_of_the_copies_in_a_base_release(releases: dict[str, Path], tmp_path: Path) -> None:
+    """Their spelling is free, their shape is not."""
+    folder = Path(shutil.copytree(releases["base"], tmp_path / "base"))
+    path = shard_of(folder, "mtp.0.emb.weight")
+    edit_header(path, lambda h: h.update({"mtp.0.embed_tokens.weight": h.pop("mtp.0.emb.weight")}))
+    edit_index(folder, "mtp.0.emb.weight", None)
+    edit_index(folder, "mtp.0.embed_tokens.weight", path.name)
+    Release(folder)
+    edit_header(path, lambda h: h["mtp.0.embed_tokens.weight"].update(shape=[64, 150]))
+    with pytest.raises(CheckpointError, match=r"mtp\.0\.embed_tokens\.weight has shape \[64, 150\]"):
+        Release(folder)
+
+
 def test_folder_without_shards(copy: Path) -> None:
     for path in copy.glob("*.safetensors*"):
         path.unlink()
@@ -315,6 +369,64 @@ def test_existing_folders_that_are_no_release_are_not_replaced(releases: dict[st
         convert(releases["flash"], releases["flash"], "base")
     with pytest.raises(SaveError, match="cannot write"):
         convert(releases["flash"], tmp_path / "no" / "such" / "place", "base")
+
+
+def test_source_and_destination_inside_each_other(releases: dict[str, Path], tmp_path: Path) -> None:
+    """Replacing the outer folder would delete the source; writing into the source would copy itself."""
+    outer = Path(shutil.copytree(releases["flash"], tmp_path / "outer"))
+    inner = Path(shutil.copytree(releases["base"], outer / "inner"))
+    before = {p: p.read_bytes() for p in outer.rglob("*") if p.is_file()}
+    model = load_model(releases["flash"])
+    for source, target in ((inner, outer), (outer, outer / "new"), (outer, inner / "deep")):
+        with pytest.raises(CheckpointError, match="inside each other"):
+            convert(source, target, "bf16")
+        with pytest.raises(CheckpointError, match="inside each other"):
+            save_model(model.state_dict(), model.config, "flash", target, files_from=source)
+    assert {p: p.read_bytes() for p in outer.rglob("*") if p.is_file()} == before
+
+
+def overwrite(folder: Path, name: str, data: bytes) -> None:
+    info = Release(folder).shards.info(name)
+    with info.file.open("r+b") as file:
+        file.seek(info.start)
+        file.write(data)
+
+
+@pytest.mark.parametrize(
+    ("layout", "target", "name", "data", "message"),
+    [
+        ("flash", "base", "layers.0.ffn.experts.0.w1.scale", bytes([90]), r"experts\.0\.w1\.weight: FP4 scales spread"),
+        ("flash", "base", "layers.0.ffn.experts.0.w1.scale", bytes([255]), r"experts\.0\.w1\.weight: .* is NaN"),
+        ("base", "flash", "layers.0.attn.wq_a.scale", struct.pack("<f", 0.3), r"wq_a\.weight: scale 0\.3.* power of two"),
+    ],
+)
+def test_weights_that_the_other_layout_cannot_hold(
+    layout: str, target: Any, name: str, data: bytes, message: str, releases: dict[str, Path], tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(releases[layout], tmp_path / "copy"))
+    overwrite(folder, name, data)
+    with pytest.raises(CheckpointError, match=message):
+        convert(folder, tmp_path / "out", target)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["copy"]
+
+
+@pytest.mark.parametrize("size", ["hidden_size", "moe_intermediate_size"])
+def test_fp4_needs_groups_of_32_inputs(size: str, tmp_path: Path) -> None:
+    config = replace(tiny_config("flash"), **{size: 40})
+    with pytest.raises(ConfigError, match=f"{size} is 40"):
+        make_release(config, 1, "flash", tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+    make_release(config, 1, "base", tmp_path / "out")
+    load_model(tmp_path / "out")
+
+
+def test_saving_quantised_weights_without_their_scales(releases: dict[str, Path], tmp_path: Path) -> None:
+    model = load_model(releases["base"], keep_quantised=True)
+    for name in ("layers.1.attn.wq_b", "layers.1.ffn.experts.w2"):
+        state = {n: t for n, t in model.state_dict().items() if n not in (f"{name}.scale", f"{name}_scale")}
+        with pytest.raises(SaveError, match=f"{name}.* its scale is not in the state"):
+            save_model(state, model.config, "base", tmp_path / "out")
+    assert not list(tmp_path.iterdir())
 
 
 def test_saving_a_state_that_lacks_a_tensor(releases: dict[str, Path], tmp_path: Path) -> None:

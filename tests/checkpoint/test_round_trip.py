@@ -82,6 +82,37 @@ def test_a_model_saved_and_loaded_is_the_same_model(layout: Any, releases: dict[
         assert torch.equal(a, b), name
 
 
+@pytest.mark.parametrize("layout", ["flash", "base"])
+def test_a_model_kept_quantised_is_saved_bit_for_bit(layout: Any, releases: dict[str, Path], tmp_path: Path) -> None:
+    """Stored bytes go back as they came; read as numbers without their scale they would be fluent nonsense."""
+    model = load_model(releases[layout], keep_quantised=True)
+    save_model(model.state_dict(), model.config, layout, tmp_path / "saved")
+    first, second = Release(releases[layout]), Release(tmp_path / "saved")
+    for name in first.specs:
+        if not is_draft_copy(name):  # a model holds one embedding and one head
+            assert torch.equal(raw(first.shards.read(name)), raw(second.shards.read(name))), name
+    save_model(model.state_dict(), model.config, "fp32", tmp_path / "wide")
+    ids = torch.tensor([IDS])
+    assert torch.equal(load_model(tmp_path / "wide")(ids), model(ids))
+
+
+def test_int32_routing_tables_and_unsigned_fp4_bytes(releases: dict[str, Path], tmp_path: Path) -> None:
+    """Section 7: headers say I64, the reference's parameter is int32; readers without FP4 write U8."""
+    tensors: dict[str, torch.Tensor] = {}
+    for file in sorted(releases["flash"].glob("*.safetensors")):
+        with safe_open(file, "pt") as opened:
+            for name in opened.keys():  # noqa: SIM118
+                value = opened.get_tensor(name)
+                if name.endswith("tid2eid"):
+                    value = value.to(torch.int32)
+                tensors[name] = value.view(torch.uint8) if value.dtype == torch.int8 else value
+    tmp_path.joinpath("config.json").write_bytes(releases["flash"].joinpath("config.json").read_bytes())
+    save_file(tensors, tmp_path / "model.safetensors")
+    assert Release(tmp_path).layout == "flash"
+    ids = torch.tensor([IDS])
+    assert torch.equal(load_model(tmp_path)(ids), load_model(releases["flash"])(ids))
+
+
 def test_fp4_to_fp8_and_back_loses_nothing(releases: dict[str, Path], tmp_path: Path) -> None:
     convert(releases["flash"], tmp_path / "base", "base")
     convert(tmp_path / "base", tmp_path / "flash", "flash")

@@ -83,6 +83,52 @@ def test_e2m1_rounding_of_everything_between_codes() -> None:
     np.testing.assert_array_equal(got.numpy(), plain.round_e2m1(np.append(x, 0.0)[: len(x) // 2 * 2]))
 
 
+def beside_the_middle(codes: np.ndarray) -> np.ndarray:
+    """float64 numbers so near the middle of two codes that float32 puts them exactly there."""
+    middle = (codes[1:] + codes[:-1]) / 2
+    return np.concatenate([middle * (1 + 1e-12), middle * (1 - 1e-12)])
+
+
+def test_float64_is_rounded_once() -> None:
+    """A cast by way of float32 rounds twice and takes the wrong neighbour."""
+    x = beside_the_middle(plain.E4M3)
+    want = plain.round_e4m3(x)
+    np.testing.assert_array_equal(to_e4m3(torch.from_numpy(x)).double().numpy(), want)
+    assert (torch.from_numpy(x).float().to(torch.float8_e4m3fn).double().numpy() != want).any()
+    tail = beside_the_middle(1 + np.arange(129) / 128)
+    entry = torch.cat([torch.zeros(64, dtype=torch.float64), torch.from_numpy(tail)])
+    np.testing.assert_array_equal(fake_entry(entry, len(tail))[64:].numpy(), plain.round_bf16(tail))
+    assert torch.equal(unpack_entry(pack_entry(entry, len(tail)), len(entry), len(tail), entry.dtype)[64:], fake_entry(
+        entry, len(tail))[64:])
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_training_and_inference_round_alike(dtype: torch.dtype) -> None:
+    """x + (rounded - x) is the rounded value itself, bit for bit; the gradient is that of the identity."""
+    x = hard_values((20, 256), 6).clamp(-1e4, 1e4).to(dtype)
+    for rounding in (lambda t: fake_fp8(t, 64), fake_fp4, lambda t: fake_entry(t, 64)):
+        leaf = x.clone().requires_grad_()
+        out = rounding(leaf)
+        assert torch.equal(out.detach(), rounding(x))
+        weights = torch.randn(x.shape).to(dtype)
+        (grad,) = torch.autograd.grad(out, leaf, weights)
+        assert torch.equal(grad, weights)
+
+
+@pytest.mark.parametrize("broken", [float("nan"), float("inf"), -float("inf")])
+def test_broken_numbers_are_not_clamped_to_plausible_ones(broken: float) -> None:
+    x = torch.ones(2, 128)
+    x[0, 3] = broken
+    assert fake_fp8(x, 64)[0, :64].isnan().all() and torch.equal(fake_fp8(x, 64)[:, 64:], x[:, 64:])
+    assert fake_fp4(x)[0, :32].isnan().all() and torch.equal(fake_fp4(x)[:, 32:], x[:, 32:])
+    torch.testing.assert_close(
+        unpack_entry(pack_entry(x, 32), 128, 32, x.dtype), fake_entry(x, 32), rtol=0, atol=0, equal_nan=True
+    )
+    torch.testing.assert_close(unpack_index_key(pack_index_key(x), x.dtype), fake_fp4(x), rtol=0, atol=0, equal_nan=True)
+    assert dequantise_fp8(*quantise_fp8(x), x.dtype)[0, 3].isnan()
+    assert dequantise_fp4(*quantise_fp4(x), x.dtype)[0, :32].isnan().all()
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_fake_roundings(shape: tuple[int, int], dtype: torch.dtype) -> None:
@@ -120,12 +166,23 @@ def test_fp8_weights(shape: tuple[int, int]) -> None:
         for j in range(scale.shape[1]):
             rows, columns = slice(128 * i, 128 * i + 128), slice(128 * j, 128 * j + 128)
             tile = x.double().numpy()[rows, columns]
-            s = 2.0 ** np.ceil(np.log2(max(np.abs(tile).max(), 1e-4) / 448))
+            s = 2.0 ** np.ceil(np.log2(max(np.abs(tile).max(), 448 * 2.0**-126) / 448))
             assert decode_e8m0(scale)[i, j].item() == s
             np.testing.assert_array_equal(got[rows, columns], plain.round_e4m3(tile / s) * s)
     assert torch.equal(dequantise_fp8(weight, decode_e8m0(scale), torch.float32).double(), torch.from_numpy(got))
     with pytest.raises(ValueError, match="does not fit"):
         dequantise_fp8(weight, torch.cat([scale, scale]), torch.float32)
+
+
+@pytest.mark.parametrize("byte", [127 - 100, 127 - 40, 127, 127 + 60])
+def test_stored_fp8_tiles_survive_reading_and_writing(byte: int) -> None:
+    """Also tiles of tiny values: the reference's floor of 1e-4 is for activations."""
+    codes = torch.arange(127, dtype=torch.uint8).repeat(130)[: 128 * 128].view(128, 128)
+    scale = torch.tensor([[byte]], dtype=torch.uint8)
+    values = dequantise_fp8(codes.view(torch.float8_e4m3fn), scale, torch.float64)
+    assert torch.equal(dequantise_fp8(*quantise_fp8(values), torch.float64), values)
+    zeros = quantise_fp8(torch.zeros(128, 128))
+    assert not dequantise_fp8(*zeros, torch.float32).any()
 
 
 def test_fp4_weights() -> None:
@@ -155,6 +212,28 @@ def test_fp4_to_fp8_is_exact_for_every_code_and_offset() -> None:
         fp4_to_fp8(codes, scale)
     with pytest.raises(ValueError, match="not FP4"):
         fp8_to_fp4(*quantise_fp8(torch.randn(64, 64)))
+    with pytest.raises(ValueError, match="NaN"):
+        fp4_to_fp8(codes, scale.masked_fill(scale == 120, 255))
+
+
+def test_fp4_zeros_and_the_smallest_scales_become_fp8() -> None:
+    """Zeros get the smallest scale, a 64th of which is no E8M0 number."""
+    for x in (torch.zeros(3, 64), torch.full((3, 64), 6 * 2.0**-126)):
+        packed, scale = quantise_fp4(x)
+        assert torch.equal(dequantise_fp8(*fp4_to_fp8(packed, scale), torch.float64), x.double())
+
+
+def test_the_spread_in_the_error_is_that_of_the_tile() -> None:
+    """Other tiles may lie anywhere."""
+    codes = torch.full((256, 64), 0x77, dtype=torch.uint8)
+    scale = torch.full((256, 4), 60, dtype=torch.uint8)
+    scale[128:] = 150
+    scale[200, 1] = 150 - 20
+    with pytest.raises(ValueError, match=r"2\*\*20"):
+        fp4_to_fp8(codes, scale)
+    scale[200, 1] = 150
+    weight, coarse = fp4_to_fp8(codes, scale)
+    assert torch.equal(dequantise_fp8(weight, coarse, torch.float64), dequantise_fp4(codes, scale, torch.float64))
 
 
 @pytest.mark.parametrize("size", [1, 2, 32, 64, 128])
@@ -162,6 +241,11 @@ def test_hadamard_is_the_sylvester_matrix_and_its_own_inverse(size: int) -> None
     x = torch.randn(3, size, dtype=torch.float64)
     np.testing.assert_allclose(hadamard(x).numpy(), x.numpy() @ plain.hadamard_matrix(size), atol=1e-14)
     torch.testing.assert_close(hadamard(hadamard(x)), x)
+
+
+def test_hadamard_in_bfloat16_rounds_once() -> None:
+    x = torch.randn(50, 128, generator=torch.Generator().manual_seed(2)).bfloat16()
+    assert torch.equal(hadamard(x), hadamard(x.float()).bfloat16())
 
 
 def test_hadamard_on_one_side_only_destroys_scores() -> None:
@@ -189,11 +273,17 @@ def test_packed_entries_equal_simulated_ones(dim: int, rope: int, dtype: torch.d
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_packed_index_keys_equal_simulated_ones(dtype: torch.dtype) -> None:
-    for dim in (32, 64, 128):
+    for dim in (8, 16, 32, 64, 128):  # config.json allows a power of two below a group of 32
         x = hard_values((4, dim), 2).to(dtype)
         packed = pack_index_key(x)
         assert packed.shape[-1] == index_key_bytes(dim)
         assert torch.equal(unpack_index_key(packed, dtype), fake_fp4(x))
+
+
+@pytest.mark.parametrize("shape", [(21,), (1, 21), (3, 21), (0, 21)])
+def test_lone_entries_with_an_odd_number_of_bytes_before_the_rotated_values(shape: tuple[int, ...]) -> None:
+    x = hard_values(shape, 5).float()
+    assert torch.equal(unpack_entry(pack_entry(x, 8), 21, 8, torch.float32), fake_entry(x, 8))
 
 
 def test_entry_sizes_of_the_release() -> None:
