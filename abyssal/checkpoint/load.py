@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from abyssal.base.errors import CheckpointError
 from abyssal.checkpoint.release import Release
 from abyssal.kernels.linear import dequantise
 from abyssal.kernels.precision import wide_dtype
@@ -70,7 +71,11 @@ def fill(module: nn.Module, prefix: str, release: Release, dtype: torch.dtype, k
             setattr(child, leaf, nn.Parameter(weight, requires_grad=False))
         for leaf, buffer in list(child.named_buffers(recurse=False)):
             if leaf == "tid2eid" and buffer is not None:
-                child.register_buffer(leaf, release.shards.read(name + leaf).long())
+                table = release.shards.read(name + leaf).long()
+                top = release.config.n_routed_experts - 1
+                if table.numel() and not 0 <= int(table.min()) <= int(table.max()) <= top:
+                    raise CheckpointError(f"{name}{leaf} has expert numbers outside 0..{top}: fetch the release again")
+                child.register_buffer(leaf, table)
 
 
 def _fill_experts(experts: Experts, prefix: str, release: Release, dtype: torch.dtype, keep: bool) -> None:

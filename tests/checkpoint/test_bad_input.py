@@ -397,7 +397,13 @@ def overwrite(folder: Path, name: str, data: bytes) -> None:
     [
         ("flash", "base", "layers.0.ffn.experts.0.w1.scale", bytes([90]), r"experts\.0\.w1\.weight: FP4 scales spread"),
         ("flash", "base", "layers.0.ffn.experts.0.w1.scale", bytes([255]), r"experts\.0\.w1\.weight: .* is NaN"),
-        ("base", "flash", "layers.0.attn.wq_a.scale", struct.pack("<f", 0.3), r"wq_a\.weight: scale 0\.3.* power of two"),
+        (
+            "base",
+            "flash",
+            "layers.0.attn.wq_a.scale",
+            struct.pack("<f", 0.3),
+            r"wq_a\.weight: scale 0\.3.* power of two",
+        ),
     ],
 )
 def test_weights_that_the_other_layout_cannot_hold(
@@ -470,3 +476,14 @@ def test_dtype_of_a_release_is_read_from_its_headers(releases: dict[str, Path], 
     release = Release(folder)
     assert release.layout == "base" and release.config.expert_dtype == "fp8"
     assert release.shards.read("layers.0.attn.wq_a.scale").dtype == torch.float32
+
+
+def test_hash_routing_to_an_expert_that_does_not_exist(copy: Path) -> None:
+    name = "layers.0.ffn.gate.tid2eid"
+    path = shard_of(copy, name)
+    info = Release(copy).shards.info(name)
+    data = bytearray(path.read_bytes())
+    data[info.start : info.start + 8] = (4).to_bytes(8, "little")  # the release has experts 0..3
+    path.write_bytes(bytes(data))
+    with pytest.raises(CheckpointError, match=r"tid2eid has expert numbers outside 0\.\.3"):
+        load_model(copy)

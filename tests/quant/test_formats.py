@@ -98,8 +98,10 @@ def test_float64_is_rounded_once() -> None:
     tail = beside_the_middle(1 + np.arange(129) / 128)
     entry = torch.cat([torch.zeros(64, dtype=torch.float64), torch.from_numpy(tail)])
     np.testing.assert_array_equal(fake_entry(entry, len(tail))[64:].numpy(), plain.round_bf16(tail))
-    assert torch.equal(unpack_entry(pack_entry(entry, len(tail)), len(entry), len(tail), entry.dtype)[64:], fake_entry(
-        entry, len(tail))[64:])
+    assert torch.equal(
+        unpack_entry(pack_entry(entry, len(tail)), len(entry), len(tail), entry.dtype)[64:],
+        fake_entry(entry, len(tail))[64:],
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
@@ -124,7 +126,9 @@ def test_broken_numbers_are_not_clamped_to_plausible_ones(broken: float) -> None
     torch.testing.assert_close(
         unpack_entry(pack_entry(x, 32), 128, 32, x.dtype), fake_entry(x, 32), rtol=0, atol=0, equal_nan=True
     )
-    torch.testing.assert_close(unpack_index_key(pack_index_key(x), x.dtype), fake_fp4(x), rtol=0, atol=0, equal_nan=True)
+    torch.testing.assert_close(
+        unpack_index_key(pack_index_key(x), x.dtype), fake_fp4(x), rtol=0, atol=0, equal_nan=True
+    )
     assert dequantise_fp8(*quantise_fp8(x), x.dtype)[0, 3].isnan()
     assert dequantise_fp4(*quantise_fp4(x), x.dtype)[0, :32].isnan().all()
 
