@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-
 import torch
 from torch import Tensor, nn
 
@@ -11,12 +9,6 @@ from abyssal.arch.config import ModelConfig
 from abyssal.kernels.precision import wide
 from abyssal.kernels.rms_norm import inverse_rms
 from abyssal.kernels.sinkhorn import sinkhorn
-
-
-@functools.cache
-def _gate_of_row(streams: int, device: torch.device) -> Tensor:
-    """Which of the three gating factors scales each row of fn: pre, post, comb."""
-    return torch.tensor([0] * streams + [1] * streams + [2] * streams**2, device=device)
 
 
 def _projection(streams_TND: Tensor, fn: Tensor, eps: float) -> Tensor:
@@ -55,7 +47,8 @@ class Site:
         c = self.config
         N = c.hc_mult
         g = _projection(streams_TND, self.fn, c.rms_norm_eps)
-        factors = wide(self.scale)[_gate_of_row(N, g.device)]
+        pre_gate, post_gate, comb_gate = wide(self.scale).split(1)
+        factors = torch.cat([pre_gate.expand(N), post_gate.expand(N), comb_gate.expand(N * N)])
         pre, post, comb = torch.addcmul(wide(self.base), g, factors).split([N, N, N * N], dim=1)
         mix = sinkhorn(comb.unflatten(1, (N, N)), c.hc_sinkhorn_iters, c.hc_eps)
         return _collapse(streams_TND, pre.sigmoid() + c.hc_eps), 2 * post.sigmoid(), mix

@@ -119,3 +119,12 @@ def test_backward_passes_leave_no_tensors_behind() -> None:
     for _ in range(3):
         loss_of(model, ids).backward()
     assert tensors() <= before
+
+
+def test_inference_first_does_not_spoil_training() -> None:
+    """Nothing made under inference mode may be kept and meet a gradient later."""
+    _, model, ids = tiny()
+    with torch.inference_mode():
+        model(ids[None])
+    loss_of(model, ids).backward()
+    assert model.embed.weight.grad is not None
