@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import random
 import subprocess
 import sys
@@ -31,20 +30,31 @@ from abyssal.arch.presets import preset
 from abyssal.base.files import write_json
 from abyssal.base.machine import this_machine
 from abyssal.checkpoint.load import load_model
-from abyssal.checkpoint.save import make_release
 from abyssal.cli.models import parse_bytes
 
 GIB = 2**30
 
 
-def run(command: list[str]) -> tuple[float, int]:
-    """Seconds and peak bytes of a process."""
+# the kernel's own mark of this address space: a child's ru_maxrss would also count its parent before exec
+ABYSSAL = """
+import atexit, sys
+from abyssal.cli.main import main
+def peak():
+    line = next(x for x in open("/proc/self/status") if x.startswith("VmHWM"))
+    print(int(line.split()[1]) * 1024, file=sys.stderr)
+atexit.register(peak)
+main()
+"""
+
+
+def abyssal(*arguments: str | Path) -> tuple[float, int]:
+    """Run a verb in a process of its own; its seconds and peak bytes."""
     begin = time.perf_counter()
-    process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
-    _, status, usage = os.wait4(process.pid, 0)
-    if status:
-        raise SystemExit(f"{' '.join(command)} failed with status {status}")
-    return time.perf_counter() - begin, usage.ru_maxrss * 1024
+    command = [sys.executable, "-c", ABYSSAL, *map(str, arguments)]
+    done = subprocess.run(command, stderr=subprocess.PIPE, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(f"abyssal {arguments[0]} failed: {done.stderr}")
+    return time.perf_counter() - begin, int(done.stderr.splitlines()[-1])
 
 
 def read_rate(files: list[Path]) -> float:
@@ -78,13 +88,13 @@ def main() -> None:
     ids = [random.Random(1).randrange(config.vocab_size) for _ in range(args.tokens)]
     with tempfile.TemporaryDirectory(dir=args.folder) as temporary:
         folder = Path(temporary) / "release"
-        make_release(config, 1, "flash", folder)
+        write_json(Path(temporary) / "config.json", config.to_dict())
+        abyssal("make-release", Path(temporary) / "config.json", "--seed", "1", "--layout", "flash", "--out", folder)
         files = sorted(folder.glob("*.safetensors"))
         size = sum(f.stat().st_size for f in files)
         out = Path(temporary) / "logits.npy"
-        command = [sys.executable, "-c", "from abyssal.cli.main import main; main()", "logits", str(folder)]
-        command += ["--ids", ",".join(map(str, ids)), "--max-memory", args.limit, "--out", str(out)]
-        seconds, peak = run(command)
+        text = ",".join(map(str, ids))
+        seconds, peak = abyssal("logits", folder, "--ids", text, "--max-memory", args.limit, "--out", out)
         rate = read_rate(files)
         model = load_model(folder, keep_quantised=True)
         with torch.inference_mode():
