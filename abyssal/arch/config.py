@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -117,6 +118,10 @@ class ModelConfig:
             value = getattr(self, name)
             if value < 1:
                 raise ConfigError(f"{name} is {value}: it must be at least 1")
+        for name in _POSITIVE_FLOATS:
+            value = getattr(self, name)
+            if not (0 < value < math.inf):
+                raise ConfigError(f"{name} is {value}: it must be positive and finite")
         for name in ("num_hash_layers", "num_nextn_predict_layers"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name} is {getattr(self, name)}: it must not be negative")
@@ -164,6 +169,15 @@ class ModelConfig:
                 f"expert_dtype is {self.expert_dtype!r}: use fp4, fp8, or leave out quantization_config",
             ),
         )
+        if self.dspark is not None:
+            outside = [i for i in self.dspark.target_layer_ids if not 0 <= i < self.num_hidden_layers]
+            if outside or not self.dspark.target_layer_ids:
+                raise ConfigError(
+                    f"dspark_target_layer_ids is {list(self.dspark.target_layer_ids)}:"
+                    f" name backbone blocks, 0..{self.num_hidden_layers - 1}"
+                )
+            if self.dspark.markov_rank < 1 or self.dspark.block_size < 1:
+                raise ConfigError("dspark_markov_rank and dspark_block_size must be at least 1")
         for holds, message in checks:
             if not holds:
                 raise ConfigError(message)
@@ -298,6 +312,17 @@ _POSITIVE = (
 )
 
 
+_POSITIVE_FLOATS = (
+    "compress_rope_theta",
+    "rope_theta",
+    "routed_scaling_factor",
+    "swiglu_limit",
+    "hc_eps",
+    "rms_norm_eps",
+    "initializer_range",
+)
+
+
 def _typed(name: str, value: Any, wanted: str) -> Any:
     if wanted == "int" and type(value) is int:
         return value
@@ -317,7 +342,7 @@ def _rope_scaling(found: Any) -> RopeScaling | None:
     if kind != "yarn":
         raise ConfigError(f"rope_scaling has type {kind!r}: V4 uses yarn")
     for f in fields(RopeScaling):
-        if type(found.get(f.name)) not in (int, float) or found[f.name] <= 0:
+        if type(found.get(f.name)) not in (int, float) or not 0 < found[f.name] < math.inf:
             raise ConfigError(f"rope_scaling.{f.name} is {found.get(f.name)!r}: it must be a positive number")
     return RopeScaling(**{f.name: found[f.name] for f in fields(RopeScaling)})
 

@@ -33,6 +33,8 @@ def inspect(
     if plot is not None:
         from abyssal.efficiency.plot import plot as draw
 
+        if plot.suffix not in (".png", ".svg", ".pdf"):
+            raise InputError(f"{plot} is no picture that we draw: use .png, .svg or .pdf")
         draw({Path(model).name: config}, plot)
     report = count(config, context, this_machine())
     if json_out:

@@ -101,6 +101,10 @@ def test_trailing_ratios_are_no_backbone_layers() -> None:
         ({"rope_scaling": 16}, "16"),
         ({"rope_scaling": {"type": "yarn", "factor": 0}}, "factor"),
         ({"dspark_block_size": 5}, "dspark_noise_token_id"),
+        ({"rope_theta": float("nan")}, "rope_theta is nan"),
+        ({"rms_norm_eps": 0.0}, "rms_norm_eps is 0.0"),
+        ({"swiglu_limit": -1.0}, "swiglu_limit is -1.0"),
+        ({"hc_eps": float("inf")}, "hc_eps is inf"),
     ],
 )
 def test_refusals_name_the_value(edit: dict[str, Any], message: str) -> None:
@@ -115,6 +119,21 @@ def test_missing_keys_are_named(key: str) -> None:
     del d[key]
     with pytest.raises(ConfigError, match=key):
         ModelConfig.from_dict(d)
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        ({"dspark_target_layer_ids": [40, 99]}, "[40, 99]"),
+        ({"dspark_target_layer_ids": []}, "[]"),
+        ({"dspark_target_layer_ids": "40"}, "'40'"),
+        ({"dspark_markov_rank": 0}, "dspark_markov_rank"),
+    ],
+)
+def test_dspark_refusals(edit: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        ModelConfig.from_dict(preset("flash-0731").to_dict() | edit)
+    assert message in str(caught.value)
 
 
 def test_unknown_preset() -> None:

@@ -132,6 +132,7 @@ def test_logits_of_a_made_release(tmp_path: Path) -> None:
         (("inspect", "no-such-model"), "no-such-model"),
         (("inspect", "flash", "--context", "0"), "context is 0"),
         (("inspect", "flash", "--context", "2000000"), "2000000"),
+        (("inspect", "flash", "--plot", "cost.xyz"), "cost.xyz"),
         (("generate",), "exactly one"),
         (("generate", "--prompt", "a", "--ids", "1"), "exactly one"),
         (("generate", "--ids", "1,x"), "'x'"),
