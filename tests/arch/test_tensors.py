@@ -82,7 +82,8 @@ def test_odd_sizes_agree_with_the_calculator(ratios: tuple[int, ...], hashed: in
     if layout == "0731":
         spark = preset("flash-0731").dspark
         assert spark is not None
-        config = replace(config, dspark=replace(spark, markov_rank=20, target_layer_ids=(0, 0, 0)), compress_ratios=(*ratios, 0, 0, 0))
+        spark = replace(spark, markov_rank=20, target_layer_ids=(0, 0, 0))
+        config = replace(config, dspark=spark, compress_ratios=(*ratios, 0, 0, 0))
         tail = "dspark"
     assert default_layout(config) == layout
     ours = [(s.name, s.dtype, s.shape) for s in inventory(config)]
