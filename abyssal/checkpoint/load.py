@@ -10,11 +10,11 @@ from torch import Tensor, nn
 from abyssal.base.errors import CheckpointError
 from abyssal.checkpoint.release import Release
 from abyssal.kernels.linear import dequantise
-from abyssal.kernels.precision import wide_dtype
 from abyssal.model.linear import Linear
 from abyssal.model.moe import Experts
 from abyssal.model.transformer import Transformer
 from abyssal.quant.numerics import Numerics
+from abyssal.quant.precision import wide_dtype
 
 EXPERT_WEIGHTS = ("w1", "w2", "w3")
 

@@ -21,7 +21,6 @@ from abyssal.base.progress import Progress
 from abyssal.checkpoint.load import fill
 from abyssal.checkpoint.release import Release
 from abyssal.kernels.linear import BAND_ELEMENTS, dequantise
-from abyssal.kernels.precision import wide, wide_dtype
 from abyssal.kernels.rms_norm import rms_norm
 from abyssal.kvcache.sequence import LayerCache
 from abyssal.model.block import Block
@@ -32,6 +31,7 @@ from abyssal.model.rope import Rope
 from abyssal.model.span import Span
 from abyssal.model.transformer import check_ids
 from abyssal.quant.numerics import Numerics
+from abyssal.quant.precision import wide, wide_dtype
 
 BASE_BYTES = 400 * 2**20  # the interpreter with torch loaded
 LARGEST_CHUNK = 2048

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from abyssal.kernels.precision import wide
+from abyssal.quant.precision import wide
 
 
 def _with_sink(logits_BQHK: Tensor, sink_H: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from abyssal.kernels.precision import wide
+from abyssal.quant.precision import wide
 
 
 def inverse_rms(x: Tensor, eps: float) -> Tensor:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from abyssal.kernels.precision import wide
+from abyssal.quant.precision import wide
 
 
 def rotations(frequencies_R: Tensor, positions: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
-from abyssal.kernels.precision import wide
+from abyssal.quant.precision import wide
 
 
 def swiglu(gate: Tensor, up: Tensor, limit: float) -> Tensor:

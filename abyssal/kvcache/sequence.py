@@ -9,11 +9,11 @@ from torch import Tensor
 
 from abyssal.arch.config import ModelConfig
 from abyssal.arch.schedule import LayerKind
-from abyssal.kernels.precision import wide_dtype
 from abyssal.kvcache.codec import Codec
 from abyssal.kvcache.store import GrowingStore, SlidingStore
 from abyssal.kvcache.tail import Tail, TailSnapshot
 from abyssal.quant.numerics import Numerics
+from abyssal.quant.precision import wide_dtype
 
 
 class CompressedState:

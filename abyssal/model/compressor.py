@@ -11,12 +11,12 @@ from torch import Tensor, nn
 from abyssal.arch.config import ModelConfig
 from abyssal.arch.schedule import LayerKind
 from abyssal.kernels.pool import pool
-from abyssal.kernels.precision import wide
 from abyssal.kernels.rotary import rotate_tail
 from abyssal.kvcache.tail import Tail
 from abyssal.model.linear import WideLinear
 from abyssal.model.norm import RMSNorm
 from abyssal.model.rope import Rope
+from abyssal.quant.precision import wide
 
 
 class Compressor(nn.Module):

@@ -7,7 +7,6 @@ from torch import Tensor, nn
 
 from abyssal.arch.config import ModelConfig
 from abyssal.kernels.index_topk import choose, index_scores, top_blocks
-from abyssal.kernels.precision import wide
 from abyssal.kernels.rotary import rotate_tail
 from abyssal.kvcache.sequence import CompressedState
 from abyssal.model.compressor import Compressor
@@ -16,6 +15,7 @@ from abyssal.model.rope import Rope
 from abyssal.quant.fp4 import fake_fp4
 from abyssal.quant.hadamard import hadamard
 from abyssal.quant.numerics import Numerics
+from abyssal.quant.precision import wide
 
 
 class Indexer(nn.Module):

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from abyssal.kernels.linear import dequantise, linear
-from abyssal.kernels.precision import wide
 from abyssal.quant.fp8 import fake_fp8
 from abyssal.quant.numerics import Numerics
+from abyssal.quant.precision import wide
 
 ACTIVATION_BLOCK = 128
 

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from abyssal.arch.config import ModelConfig
-from abyssal.kernels.precision import wide
 from abyssal.kernels.rms_norm import inverse_rms
 from abyssal.kernels.sinkhorn import sinkhorn
+from abyssal.quant.precision import wide
 
 
 def _projection(streams_TND: Tensor, fn: Tensor, eps: float) -> Tensor:

@@ -9,12 +9,12 @@ from torch import Tensor, nn
 
 from abyssal.arch.config import ModelConfig
 from abyssal.kernels.linear import linear
-from abyssal.kernels.precision import wide
 from abyssal.kernels.router import router_weights
 from abyssal.kernels.swiglu import swiglu
 from abyssal.model.linear import ACTIVATION_BLOCK, QuantLinear, WideLinear
 from abyssal.quant.fp8 import fake_fp8
 from abyssal.quant.numerics import Numerics
+from abyssal.quant.precision import wide
 
 
 class Gate(WideLinear):

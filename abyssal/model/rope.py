@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from abyssal.arch.config import ModelConfig, RopeScaling
-from abyssal.kernels.precision import wide_dtype
 from abyssal.kernels.rotary import rotations
+from abyssal.quant.precision import wide_dtype
 
 
 def _yarn(frequencies: list[float], base: float, rope_dim: int, yarn: RopeScaling) -> list[float]:

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from abyssal.arch.config import ModelConfig
 from abyssal.base.errors import TokenError
 from abyssal.kernels.linear import linear
-from abyssal.kernels.precision import wide
 from abyssal.kvcache.sequence import SequenceCache
 from abyssal.model.block import Block
 from abyssal.model.linear import Linear
@@ -21,6 +20,7 @@ from abyssal.model.norm import RMSNorm
 from abyssal.model.rope import Rope
 from abyssal.model.span import Span, spans_of
 from abyssal.quant.numerics import Numerics
+from abyssal.quant.precision import wide
 
 
 class Embedding(nn.Module):

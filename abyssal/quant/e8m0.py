@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from abyssal.quant.precision import wide_dtype
+
 BIAS = 127
 NAN_BYTE = 255
 
@@ -14,7 +16,7 @@ def decode_e8m0(scale: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     if scale.dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
         return scale.to(dtype)
     raw = scale if scale.dtype == torch.uint8 else scale.view(torch.uint8)
-    precise = torch.float64 if dtype == torch.float64 else torch.float32
+    precise = wide_dtype(dtype)
     exponent = raw.to(torch.int32) - BIAS
     value = torch.ldexp(torch.ones_like(exponent, dtype=precise), exponent)
     return value.masked_fill(raw == NAN_BYTE, float("nan")).to(dtype)

@@ -14,6 +14,7 @@ from torch import Tensor
 from abyssal.quant.e8m0 import decode_e8m0, encode_e8m0
 from abyssal.quant.fp4 import GROUP, dequantise_fp4, quantise_fp4
 from abyssal.quant.fp8 import block_scale, blocks_of, fake_fp8, round_once, to_e4m3
+from abyssal.quant.precision import wide, wide_dtype
 
 BLOCK = 64
 ALIGN = 8
@@ -38,7 +39,7 @@ def pack_entry(x: Tensor, rope_dim: int) -> Tensor:
     """Entries [..., dim] as bytes [..., entry_bytes]."""
     dim = x.shape[-1]
     plain = dim - rope_dim
-    cut = blocks_of((x if x.dtype == torch.float64 else x.float())[..., :plain], BLOCK)
+    cut = blocks_of(wide(x)[..., :plain], BLOCK)
     scale = block_scale(cut)
     codes = to_e4m3(cut / scale).flatten(-2)[..., :plain].contiguous().view(torch.uint8)
     tail = _to_bfloat16(x[..., plain:]).contiguous().view(torch.uint8)
@@ -50,7 +51,7 @@ def pack_entry(x: Tensor, rope_dim: int) -> Tensor:
 def unpack_entry(packed: Tensor, dim: int, rope_dim: int, dtype: torch.dtype) -> Tensor:
     """Bytes [..., entry_bytes] as entries [..., dim]."""
     plain = dim - rope_dim
-    precise = torch.float64 if dtype == torch.float64 else torch.float32
+    precise = wide_dtype(dtype)
     scales = packed[..., plain + 2 * rope_dim : plain + 2 * rope_dim + -(-plain // BLOCK)]
     codes = packed[..., :plain].contiguous().view(torch.float8_e4m3fn).to(precise)
     values = (blocks_of(codes, BLOCK) * decode_e8m0(scales, precise).unsqueeze(-1)).flatten(-2)[..., :plain]

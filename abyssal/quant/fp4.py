@@ -9,6 +9,7 @@ from torch import Tensor
 
 from abyssal.quant.e8m0 import decode_e8m0, encode_e8m0, power_of_two_above
 from abyssal.quant.fp8 import TILE, blocks_of, dequantise_fp8, expand_tiles
+from abyssal.quant.precision import wide, wide_dtype
 
 GROUP = 32
 E2M1_MAX = 6.0
@@ -43,7 +44,7 @@ def pack_codes(codes: Tensor) -> Tensor:
 def unpack_values(packed: Tensor, dtype: torch.dtype) -> Tensor:
     """Bytes [..., I/2] as unscaled values [..., I]."""
     raw = packed if packed.dtype == torch.uint8 else packed.view(torch.uint8)  # signed bytes would shift wrongly
-    table = _pairs(torch.float64 if dtype == torch.float64 else torch.float32).to(raw.device)
+    table = _pairs(wide_dtype(dtype)).to(raw.device)
     return table.index_select(0, raw.reshape(-1).int()).to(dtype).view(*raw.shape[:-1], -1)
 
 
@@ -63,8 +64,7 @@ def quantise_fp4(weight: Tensor) -> tuple[Tensor, Tensor]:
     """
     if weight.shape[-1] % GROUP:
         raise ValueError(f"FP4 needs inputs in groups of {GROUP}, got {weight.shape[-1]}: choose a multiple of {GROUP}")
-    x = weight if weight.dtype == torch.float64 else weight.float()
-    cut, scale = _scaled_groups(x, GROUP)
+    cut, scale = _scaled_groups(wide(weight), GROUP)
     return pack_codes(to_codes((cut / scale).flatten(-2))), encode_e8m0(scale.squeeze(-1))
 
 
@@ -78,16 +78,15 @@ def dequantise_fp4(packed: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
         raise ValueError(
             f"scale {list(scale.shape)} does not fit packed FP4 {list(packed.shape)}: need one for {GROUP} inputs"
         )
-    precise = torch.float64 if dtype == torch.float64 else torch.float32
+    precise = wide_dtype(dtype)
     values = unpack_values(packed, precise).unflatten(-1, (-1, GROUP))
     return (values * decode_e8m0(scale, precise).unsqueeze(-1)).flatten(-2).to(dtype)
 
 
 def fake_fp4(x: Tensor, group: int = GROUP) -> Tensor:
     """Round to FP4 and back, one scale for each `group` values of the last dimension; gradient straight through."""
-    precise = x.detach() if x.dtype == torch.float64 else x.detach().float()
-    cut, scale = _scaled_groups(precise, group)
-    table = _pairs(precise.dtype)[:16, 0].to(x.device)
+    cut, scale = _scaled_groups(wide(x.detach()), group)
+    table = _pairs(cut.dtype)[:16, 0].to(x.device)
     rounded = table[to_codes(cut / scale).int()] * scale
     rounded = rounded.flatten(-2)[..., : x.shape[-1]].to(x.dtype)
     return x + (rounded - x).detach() if x.requires_grad else rounded

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from abyssal.quant.e8m0 import decode_e8m0, encode_e8m0, power_of_two_above
+from abyssal.quant.precision import wide, wide_dtype
 
 E4M3_MAX = 448.0
 SMALLEST_AMAX = 1e-4  # the reference's floor of a block's largest magnitude, for activations
@@ -21,8 +22,8 @@ def _tiles(shape: torch.Size) -> tuple[int, int]:
 
 def expand_tiles(scale: Tensor, rows: int, columns: int) -> Tensor:
     """Scales of 128 x 128 tiles [..., O/128, I/128] repeated to every element [..., O, I]."""
-    wide = scale.repeat_interleave(TILE, dim=-2)[..., :rows, :]
-    return wide.repeat_interleave(TILE, dim=-1)[..., :columns]
+    tall = scale.repeat_interleave(TILE, dim=-2)[..., :rows, :]
+    return tall.repeat_interleave(TILE, dim=-1)[..., :columns]
 
 
 def round_once(x: Tensor, bits: int, smallest: int) -> Tensor:
@@ -54,7 +55,7 @@ def quantise_fp8(weight: Tensor) -> tuple[Tensor, Tensor]:
     """
     rows, columns = weight.shape[-2:]
     down, across = _tiles(weight.shape)
-    x = weight if weight.dtype == torch.float64 else weight.float()
+    x = wide(weight)
     padded = F.pad(x, (0, across * TILE - columns, 0, down * TILE - rows))
     amax = padded.unflatten(-1, (across, TILE)).unflatten(-3, (down, TILE)).abs().amax(dim=(-3, -1))
     scale = power_of_two_above(amax.clamp(min=SMALLEST_WEIGHT_AMAX) / E4M3_MAX)
@@ -72,7 +73,7 @@ def dequantise_fp8(weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
         raise ValueError(
             f"scale {list(scale.shape)} does not fit weight {list(weight.shape)}: need tiles {_tiles(weight.shape)}"
         )
-    precise = torch.float64 if dtype == torch.float64 else torch.float32
+    precise = wide_dtype(dtype)
     return (weight.to(precise) * expand_tiles(decode_e8m0(scale, precise), rows, columns)).to(dtype)
 
 
@@ -92,8 +93,7 @@ def fake_fp8(x: Tensor, block: int) -> Tensor:
 
     The gradient passes straight through. Same shape and dtype as x; the last block may be shorter.
     """
-    precise = x.detach() if x.dtype == torch.float64 else x.detach().float()
-    cut = blocks_of(precise, block)
+    cut = blocks_of(wide(x.detach()), block)
     scale = block_scale(cut)
     rounded = (to_e4m3(cut / scale).to(cut.dtype) * scale).flatten(-2)[..., : x.shape[-1]].to(x.dtype)
     return x + (rounded - x).detach() if x.requires_grad else rounded
