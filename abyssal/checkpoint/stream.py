@@ -191,7 +191,8 @@ class _Stream:
                 for length in lengths:
                     rows = slice(first, first + length)
                     span = Span(0, 1, length, first)
-                    streams_TND[rows] = block(streams_TND[rows], ids_T[rows], [span], [cache], rope)
+                    turn = rope.over([span], ids_T.device)
+                    streams_TND[rows] = block(streams_TND[rows], ids_T[rows], [span], [cache], rope, turn)
                     first += length
                 progress.advance()
         return streams_TND

@@ -51,20 +51,22 @@ class Attention(nn.Module):
         self.compressor = Compressor(config, ratio, C) if ratio else None
         self.indexer = Indexer(config, ratio, numerics) if ratio == 4 else None
 
-    def forward(self, x_TD: Tensor, spans: Sequence[Span], caches: Sequence[LayerCache], rope: Rope) -> Tensor:
+    def forward(
+        self, x_TD: Tensor, spans: Sequence[Span], caches: Sequence[LayerCache], rope: Rope, turn_T: Tensor
+    ) -> Tensor:
         """Attend and project back.
 
         Args:
             x_TD: normed input, packed.
             spans: where the sequences stand in it.
             caches: this layer's state of each span; advanced by the span's tokens.
-            rope: the layer's rotations.
+            rope: the layer's rotations, which compressed entries need at places of their own.
+            turn_T: those of the tokens, `rope.over(spans)`.
         Returns:
             y_TD.
         """
         H, C = self.config.num_attention_heads, self.config.head_dim
         latent_TQ = self.q_norm(self.wq_a(x_TD))
-        turn_T = _joined([rope.at(_places(span, x_TD)).repeat(span.batch, 1) for span in spans])
         q_THC = self.wq_b(latent_TQ).unflatten(-1, (H, C))
         q_THC = rotate_tail(rms_norm(q_THC, None, self.config.rms_norm_eps), turn_T.unsqueeze(1))
         kv_TC = rotate_tail(self.kv_norm(self.wkv(x_TD)), turn_T)
@@ -153,10 +155,6 @@ class Attention(nn.Module):
         entries = torch.cat([near_BKC, store.read(blocks)], dim=1)
         mask = torch.cat([near_mask.expand(keep.shape[0], *near_mask.shape), keep], dim=-1)
         return attend(q_BSHC, entries, mask, sink, scale)
-
-
-def _places(span: Span, like: Tensor) -> Tensor:
-    return torch.arange(span.start, span.start + span.length, device=like.device)
 
 
 def _joined(parts: list[Tensor], dim: int = 0) -> Tensor:

@@ -45,11 +45,12 @@ class Block(nn.Module):
         spans: Sequence[Span],
         caches: Sequence[LayerCache],
         rope: Rope,
+        turn_T: Tensor,
     ) -> Tensor:
         """streams_TND -> streams_TND; this layer's caches are advanced by the tokens of their spans."""
         site = Site(self.config, self.hc_attn_fn, self.hc_attn_base, self.hc_attn_scale)
         x_TD, post, mix = site.enter(streams_TND)
-        streams_TND = site.leave(self.attn(self.attn_norm(x_TD), spans, caches, rope), streams_TND, post, mix)
+        streams_TND = site.leave(self.attn(self.attn_norm(x_TD), spans, caches, rope, turn_T), streams_TND, post, mix)
         site = Site(self.config, self.hc_ffn_fn, self.hc_ffn_base, self.hc_ffn_scale)
         x_TD, post, mix = site.enter(streams_TND)
         return site.leave(self.ffn(self.ffn_norm(x_TD), ids_T), streams_TND, post, mix)

@@ -52,6 +52,7 @@ class MTPBlock(Block):
         """
         embedded = self.e_proj(self.enorm(next_embedding_TD)).unsqueeze(1)
         streams_TND = embedded + self.h_proj(self.hnorm(streams_TND))
-        streams_TND = self.forward(streams_TND, next_ids_T, spans, caches, rope)
+        turn_T = rope.over(spans, streams_TND.device)
+        streams_TND = self.forward(streams_TND, next_ids_T, spans, caches, rope, turn_T)
         z_TD = collapse_head(streams_TND, self.hc_head_fn, self.hc_head_base, self.hc_head_scale, self.config)
         return self.norm(z_TD), streams_TND

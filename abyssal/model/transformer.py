@@ -129,9 +129,10 @@ class Transformer(nn.Module):
         check_ids(ids_T, self.config.vocab_size)
         spans = spans_of([(c.batch, n, c.position) for c, n in zip(caches, lengths, strict=True)])
         streams_TND = self.enter(ids_T)
-        for i, block in enumerate(self.layers):
-            rope = self.ropes[self.config.backbone_ratios[i]]
-            streams_TND = block(streams_TND, ids_T, spans, [c.layers[i] for c in caches], rope)
+        turns = {ratio: self.ropes[ratio].over(spans, ids_T.device) for ratio in set(self.config.backbone_ratios)}
+        for i, (ratio, block) in enumerate(zip(self.config.backbone_ratios, self.layers, strict=True)):
+            states = [c.layers[i] for c in caches]
+            streams_TND = block(streams_TND, ids_T, spans, states, self.ropes[ratio], turns[ratio])
         for cache, length in zip(caches, lengths, strict=True):
             cache.position += length
         return Output(streams_TND, self.leave(streams_TND))
