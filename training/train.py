@@ -188,7 +188,6 @@ def main() -> None:
         if p.requires_grad:
             plain = p.dim() < 2 or "ape" in name or "hc_" in name or "gate.weight" in name
             (rest if plain or name in ("embed.weight", "head.weight") else matrices).append(p)
-    matrices = [p for p in matrices if not any(p is q for q in rest)]
     muon = Muon(matrices)
     adam = torch.optim.AdamW(rest, lr=PEAK_ADAM, betas=(0.9, 0.95), eps=1e-12, weight_decay=0.01)
     step, spent = 0, 0.0
@@ -199,8 +198,7 @@ def main() -> None:
         muon.momentum = state["muon"]
         step, spent = state["step"], state["spent"]
     train, valid = read_ids(args.corpus / "train.bin"), read_ids(args.corpus / "valid.bin")
-    begin = saved = time.monotonic() - spent
-    # indexer parameters get no gradient from a dense selection
+    begin, saved = time.monotonic() - spent, time.monotonic()
     while (spent := time.monotonic() - begin) < args.minutes * 60 and step != args.steps:
         done = spent / (args.minutes * 60)
         decay = 0.95 * max(done - DECAY_FROM, 0.0) / (1 - DECAY_FROM)
@@ -208,7 +206,7 @@ def main() -> None:
         with released_precision(model, done > QUANTISE_FROM):
             main_loss, mtp_loss = losses(model, windows(train, step), step % MTP_EVERY == 0)
             (main_loss + MTP_EVERY * (0.3 if done < DECAY_FROM else 0.1) * mtp_loss).backward()
-        for p in (*matrices, *rest):
+        for p in (*matrices, *rest):  # the indexer's get none from a dense selection
             p.grad = torch.zeros_like(p) if p.grad is None else p.grad
         norm = nn.utils.clip_grad_norm_([*matrices, *rest], 1.0)
         muon.step(PEAK_MUON * rate)
