@@ -5,10 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import resource
-import signal
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,17 +12,13 @@ import pytest
 
 from abyssal.base.errors import AbyssalError, InputError, RunError, SaveError
 from abyssal.base.files import sha256_of, write_aside, write_bytes, write_folder, write_json
+from tests.faults import kill_after, largest_file
 
 
 @pytest.fixture
 def full_disk() -> Iterator[None]:
-    """No file may grow beyond 1,000 bytes, which fails like a full disk."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    signal.signal(signal.SIGXFSZ, handler)
+    with largest_file(1000):
+        yield
 
 
 def test_writing_replaces_and_leaves_nothing_else(tmp_path: Path) -> None:
@@ -124,14 +116,7 @@ def test_a_kill_leaves_an_old_or_a_new_file_and_never_a_mix(tmp_path: Path) -> N
         "for i in range(10**6): write_bytes(sys.argv[1], bytes([i % 256]) * 300_000)"
     )
     for delay in (0.02, 0.05, 0.11):
-        process = subprocess.Popen([sys.executable, "-c", script, str(path)], stdout=subprocess.PIPE)
-        assert process.stdout is not None
-        process.stdout.readline()
-        with pytest.raises(subprocess.TimeoutExpired):
-            process.wait(delay)
-        process.kill()
-        process.wait()
-        process.stdout.close()
+        kill_after(delay, script, str(path))
         if path.exists():
             data = path.read_bytes()
             assert len(data) == 300_000 and len(set(data)) == 1

@@ -3,13 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
-import resource
 import shutil
-import signal
 import struct
-import subprocess
-import sys
 import textwrap
 from collections.abc import Callable
 from dataclasses import replace
@@ -25,6 +20,7 @@ from abyssal.checkpoint.release import Release
 from abyssal.checkpoint.save import convert, make_release, save_model
 from abyssal.checkpoint.stream import stream_logits
 from tests.checkpoint.conftest import tiny_config
+from tests.faults import kill_after, largest_file
 
 INDEX = "model.safetensors.index.json"
 
@@ -279,13 +275,8 @@ def test_config_that_is_garbage(copy: Path, text: str) -> None:
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Any:
-    """No file may grow beyond 100 kB, which fails like a full disk."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    signal.signal(signal.SIGXFSZ, handler)
+    with largest_file(100_000):
+        yield
 
 
 def test_no_space_left_while_saving(releases: dict[str, Path], copy: Path, tmp_path: Path, small_disk: None) -> None:
@@ -336,21 +327,8 @@ def test_kill_while_saving_leaves_the_old_release_whole(copy: Path, tmp_path: Pa
         for seed in range(1000):
             make_release(tiny_config("flash"), seed, "flash", Path(sys.argv[1]))
     """)
-    root = Path(__file__).parents[2]
     for delay in (0.05, 0.31, 0.77):
-        process = subprocess.Popen(
-            [sys.executable, "-c", script, str(copy)],
-            stdout=subprocess.PIPE,
-            cwd=root,
-            env={**os.environ, "PYTHONPATH": str(root)},
-        )
-        assert process.stdout is not None
-        process.stdout.readline()
-        with pytest.raises(subprocess.TimeoutExpired):
-            process.wait(delay)
-        process.kill()
-        process.wait()
-        process.stdout.close()
+        kill_after(delay, script, str(copy))
         if copy.exists():  # between two renames the old folder may be parked beside
             load_model(copy)
         else:
