@@ -224,15 +224,15 @@ def totals(specs: Iterable[TensorSpec]) -> Totals:
     return Totals(count, size, elements)
 
 
-def parameters(config: ModelConfig) -> int:
+def parameters(specs: Iterable[TensorSpec]) -> int:
     """Values of the whole model, draft stages included, scales and routing tables not."""
-    return sum(spec.parameters for spec in inventory(config))
+    return sum(spec.parameters for spec in specs)
 
 
-def active_parameters(config: ModelConfig) -> int:
+def active_parameters(config: ModelConfig, specs: Iterable[TensorSpec]) -> int:
     """Backbone values that one decoded token uses: its own experts, and one row of the embedding is free."""
     total = 0
-    for spec in inventory(config):
+    for spec in specs:
         if spec.name == "embed.weight" or spec.name.startswith("mtp."):
             continue
         routed = re.search(r"\.experts\.(\d+)\.", spec.name)

@@ -11,16 +11,14 @@ from abyssal.base.errors import CheckpointError
 from abyssal.checkpoint.release import Release
 from abyssal.kernels.linear import dequantise
 from abyssal.model.linear import Linear
-from abyssal.model.moe import Experts
+from abyssal.model.moe import EXPERT_WEIGHTS, Experts
 from abyssal.model.transformer import Transformer
 from abyssal.quant.numerics import Numerics
 from abyssal.quant.precision import wide_dtype
 
-EXPERT_WEIGHTS = ("w1", "w2", "w3")
-
 
 def load_model(
-    folder: Path | str,
+    folder: Path | str | Release,
     *,
     dtype: torch.dtype = torch.float32,
     numerics: Numerics | None = None,
@@ -29,7 +27,7 @@ def load_model(
     """A whole model in memory.
 
     Args:
-        folder: a release.
+        folder: a release, or one that is open already.
         dtype: of activations and of every matrix that is not kept quantised.
         numerics: which roundings are simulated.
         keep_quantised: leave FP4 and FP8 weights as stored and expand them as they are used.
@@ -38,7 +36,7 @@ def load_model(
     Raises:
         ConfigError, CheckpointError: the release is wrong.
     """
-    release = Release(folder)
+    release = folder if isinstance(folder, Release) else Release(folder)
     with torch.device("meta"):
         model = Transformer(release.config, numerics=numerics, dtype=dtype)
     fill(model, "", release, dtype, keep_quantised)

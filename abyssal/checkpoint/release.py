@@ -110,14 +110,12 @@ def check_groups(config: ModelConfig, layout: Layout) -> None:
 
 def _accepted(spec: TensorSpec) -> tuple[str, ...]:
     if spec.name.endswith(".scale"):
-        return SCALE_DTYPES if spec.shape else (spec.dtype,)
+        return SCALE_DTYPES
     if spec.name.endswith(".tid2eid"):
         return ("I64", "I32")  # headers say I64, the reference's parameter is int32
     if spec.dtype == "I8":
         return ("I8", "U8")
-    if spec.dtype in PLAIN_DTYPES:
-        return (spec.dtype,) if spec.dtype == "F32" else PLAIN_DTYPES
-    return (spec.dtype,)
+    return PLAIN_DTYPES if spec.dtype == "BF16" else (spec.dtype,)
 
 
 def _recognise(config: ModelConfig, shards: Shards) -> tuple[ModelConfig, Layout]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -109,15 +109,28 @@ def _write(
         beside(aside)
 
 
-def _generation_config(config: ModelConfig) -> dict[str, object]:
-    return {
-        "_from_model_config": True,
-        "bos_token_id": config.bos_token_id,
-        "do_sample": True,
-        "eos_token_id": config.eos_token_id,
-        "temperature": 1.0,
-        "top_p": 1.0,
-    }
+def _new_small_files(config: ModelConfig, files_from: Path | None = None) -> Callable[[Path], None]:
+    """Writes the generation_config.json of a release that has no source, and copies what is given."""
+
+    def beside(aside: Path) -> None:
+        settings = {
+            "_from_model_config": True,
+            "bos_token_id": config.bos_token_id,
+            "do_sample": True,
+            "eos_token_id": config.eos_token_id,
+            "temperature": 1.0,
+            "top_p": 1.0,
+        }
+        write_json(aside / "generation_config.json", settings)
+        if files_from is not None:
+            copy_small_files(files_from)(aside)
+
+    return beside
+
+
+def _shared_name(copy: str) -> str:
+    """Whose copy a Base release's private MTP tensor is."""
+    return "head.weight" if copy.endswith("head.weight") else "embed.weight"
 
 
 def _keep_apart(source: Path, folder: Path) -> None:
@@ -171,12 +184,7 @@ def save_model(
     def value_of(spec: TensorSpec) -> Value:
         return _from_state(state, spec.name)
 
-    def beside(aside: Path) -> None:
-        write_json(aside / "generation_config.json", _generation_config(config))
-        if files_from is not None:
-            copy_small_files(files_from)(aside)
-
-    _write(config, layout, Path(folder), value_of, beside, shard_bytes)
+    _write(config, layout, Path(folder), value_of, _new_small_files(config, files_from), shard_bytes)
 
 
 def _from_state(state: Mapping[str, Tensor], name: str) -> Value:
@@ -186,7 +194,7 @@ def _from_state(state: Mapping[str, Tensor], name: str) -> Value:
         expert, part, _ = tail.split(".")
         number, name = int(expert), f"{head}{routed}{part}"
     elif is_draft_copy(name):
-        name = "head.weight" if name.endswith("head.weight") else "embed.weight"
+        name = _shared_name(name)
     if name not in state:
         raise SaveError(f"the model has no {name}, which the release needs; nothing was written")
     weight = state[name]
@@ -217,9 +225,7 @@ def convert(source: Path | str, folder: Path | str, layout: Layout, *, shard_byt
 
     def value_of(spec: TensorSpec) -> Value:
         if is_draft_copy(spec.name):
-            copied = release.draft_copy(spec)
-            shared = "head.weight" if spec.name.endswith("head.weight") else "embed.weight"
-            return release.shards.read(copied or shared), None
+            return release.shards.read(release.draft_copy(spec) or _shared_name(spec.name)), None
         return release.stored(spec.name)
 
     _write(config, layout, Path(folder), value_of, copy_small_files(release.folder), shard_bytes)
@@ -241,10 +247,7 @@ def make_release(
     def value_of(spec: TensorSpec) -> Value:
         return _random(config, spec, seed)
 
-    def beside(aside: Path) -> None:
-        write_json(aside / "generation_config.json", _generation_config(config))
-
-    _write(config, layout, Path(folder), value_of, beside, shard_bytes)
+    _write(config, layout, Path(folder), value_of, _new_small_files(config), shard_bytes)
 
 
 def _random(config: ModelConfig, spec: TensorSpec, seed: int) -> Value:
@@ -268,9 +271,3 @@ def _random(config: ModelConfig, spec: TensorSpec, seed: int) -> Value:
     if len(shape) == 2 and not name.endswith("ape"):
         return noise * (1.0 if name == "embed.weight" else shape[-1] ** -0.5), None
     return 0.3 * noise, None
-
-
-def tensors_of(release: Release) -> Iterator[tuple[str, Tensor]]:
-    """Every stored tensor of a release, one at a time."""
-    for name in release.shards.tensors:
-        yield name, release.shards.read(name)

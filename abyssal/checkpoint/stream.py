@@ -25,7 +25,7 @@ from abyssal.kernels.rms_norm import rms_norm
 from abyssal.kvcache.sequence import LayerCache
 from abyssal.model.block import Block
 from abyssal.model.mhc import collapse_head
-from abyssal.model.moe import Experts
+from abyssal.model.moe import EXPERT_WEIGHTS, Experts
 from abyssal.model.mtp import MTPBlock
 from abyssal.model.rope import Rope
 from abyssal.model.span import Span
@@ -46,7 +46,7 @@ class DiskExperts(Experts):
         self._release = release
         self._prefix = prefix
         # nothing to fill: a real but empty weight tells `fill` so
-        for part in ("w1", "w2", "w3"):
+        for part in EXPERT_WEIGHTS:
             setattr(self, part, torch.nn.Parameter(torch.empty(0), requires_grad=False))
 
     def expert(self, number: int, name: str) -> tuple[Tensor, Tensor | None]:

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from abyssal.base.errors import InputError
-from abyssal.cli.models import BUNDLED, open_model, parse_ids
+from abyssal.cli.models import BUNDLED, open_model, parse_ids, read_text
 
 
 def generate(
@@ -35,7 +35,7 @@ def generate(
     if ids is not None:
         tokens = parse_ids(ids)
     else:
-        text = _read(file) if file is not None else prompt or ""
+        text = read_text(file) if file is not None else prompt or ""
         tokens = tokenizer.encode_pieces([Piece(BOS, special=True), Piece(text)])
     stop = [tokenizer.special(EOS)]
     record, stream = engine.start(tokens, max_tokens=max_tokens, sampling=sampling, stop=stop)
@@ -60,12 +60,3 @@ def generate(
         "decode_tokens_per_s": record.decode_tokens_per_s,
     }
     print(json.dumps(result, ensure_ascii=False))
-
-
-def _read(file: Path) -> str:
-    try:
-        return file.read_text(encoding="utf-8")
-    except OSError as error:
-        raise InputError(f"{file} cannot be read: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        raise InputError(f"{file} is not UTF-8 text (byte {error.start}): convert it first") from None

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from abyssal.base.errors import InputError
-from abyssal.cli.models import dtype_and_numerics, folder_of, parse_bytes, parse_ids
+from abyssal.cli.models import dtype_and_numerics, folder_of, parse_bytes, parse_ids, read_text
 
 
 def logits(
@@ -31,7 +31,7 @@ def logits(
     from abyssal.checkpoint.stream import stream_logits
 
     number_type, numerics = dtype_and_numerics(dtype, mode)
-    tokens = parse_ids(ids if ids is not None else _read(ids_file))
+    tokens = parse_ids(read_text(ids_file) if ids_file is not None else ids or "")
     plan = stream_logits(
         folder_of(folder),
         tokens,
@@ -44,11 +44,3 @@ def logits(
     )
     if json_out:
         print(json.dumps({"out": str(out), "tokens": len(tokens), "chunk": plan.chunk, "planned_bytes": plan.need}))
-
-
-def _read(path: Path | None) -> str:
-    assert path is not None
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} cannot be read as text: {error}") from None

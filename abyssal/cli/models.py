@@ -64,7 +64,7 @@ def open_model(name: str) -> tuple[Tokenizer, Engine]:
         InputError: there is no such folder, or not even the stored weights fit.
         CheckpointError, ConfigError: the release is wrong.
     """
-    from abyssal.arch.tensors import parameters
+    from abyssal.arch.tensors import parameters, totals
     from abyssal.checkpoint.load import load_model
     from abyssal.checkpoint.release import Release
     from abyssal.encoding.tokenizer import Tokenizer
@@ -73,14 +73,15 @@ def open_model(name: str) -> tuple[Tokenizer, Engine]:
     folder = folder_of(name)
     tokenizer = Tokenizer(folder)
     release = Release(folder)
-    stored = sum(spec.nbytes for spec in release.specs.values())
+    specs = release.specs.values()
+    stored = totals(specs).nbytes
     room = this_machine().memory_available
     if stored > room:
         raise InputError(
             f"{name} holds {stored / 2**30:.1f} GiB of weights, {room / 2**30:.1f} GiB of memory are free:"
             " use `abyssal logits --max-memory`, which reads them layer by layer"
         )
-    model = load_model(folder, keep_quantised=4 * parameters(release.config) > room)
+    model = load_model(release, keep_quantised=4 * parameters(specs) > room)
     return tokenizer, Engine(model)
 
 
@@ -101,6 +102,20 @@ def dtype_and_numerics(dtype: str, mode: str) -> tuple[torch.dtype, Numerics]:
     if chosen is None:
         raise InputError(f"unknown mode {mode!r}: choose from {', '.join(MODES)}")
     return dtypes[dtype], Numerics.of(chosen)
+
+
+def read_text(file: Path) -> str:
+    """A text file that a user named.
+
+    Raises:
+        InputError: it cannot be read, or is not UTF-8.
+    """
+    try:
+        return file.read_text(encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"{file} cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise InputError(f"{file} is not UTF-8 text (byte {error.start}): convert it first") from None
 
 
 def parse_ids(text: str) -> list[int]:

@@ -70,8 +70,8 @@ def inspect(config: ModelConfig, context: int, machine: Machine) -> Inspection:
     return Inspection(
         tensors=total.tensors,
         bytes=total.nbytes,
-        parameters=parameters(config),
-        active_parameters=active_parameters(config),
+        parameters=parameters(specs),
+        active_parameters=active_parameters(config, specs),
         context=context,
         kv_bytes_per_token=kv.per_token,
         kv_bytes=kv.at(context),

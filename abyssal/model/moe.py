@@ -16,6 +16,8 @@ from abyssal.quant.fp8 import fake_fp8
 from abyssal.quant.numerics import Numerics
 from abyssal.quant.precision import wide
 
+EXPERT_WEIGHTS = ("w1", "w2", "w3")
+
 
 class Gate(WideLinear):
     """Chooses K experts for each token: by score, or in the first blocks by the token's id.
@@ -64,8 +66,8 @@ class Experts(nn.Module):
         self.w1 = nn.Parameter(torch.empty(E, width, D))
         self.w2 = nn.Parameter(torch.empty(E, D, width))
         self.w3 = nn.Parameter(torch.empty(E, width, D))
-        for name in ("w1_scale", "w2_scale", "w3_scale"):
-            self.register_buffer(name, None)
+        for name in EXPERT_WEIGHTS:
+            self.register_buffer(f"{name}_scale", None)
 
     def expert(self, number: int, name: str) -> tuple[Tensor, Tensor | None]:
         """The stored weight of one expert and its scale; `name` is w1, w2 or w3."""

@@ -66,10 +66,10 @@ def test_scales_and_formats_belong_together() -> None:
 
 
 def test_parameters() -> None:
-    assert parameters(preset("flash")) == 290_942_289_362
-    assert parameters(preset("pro")) == 1_598_837_347_742
-    assert active_parameters(preset("flash")) == pytest.approx(13.27e9, rel=1e-3)
-    assert active_parameters(preset("pro")) == pytest.approx(48.85e9, rel=1e-3)
+    assert parameters(inventory(preset("flash"))) == 290_942_289_362
+    assert parameters(inventory(preset("pro"))) == 1_598_837_347_742
+    assert active_parameters(preset("flash"), inventory(preset("flash"))) == pytest.approx(13.27e9, rel=1e-3)
+    assert active_parameters(preset("pro"), inventory(preset("pro"))) == pytest.approx(48.85e9, rel=1e-3)
 
 
 @pytest.mark.parametrize("context", [1, 127, 128, 4096, 65_536, 1_000_000, 1_048_576])
