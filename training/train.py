@@ -28,7 +28,7 @@ from abyssal.arch.presets import preset
 from abyssal.base.files import write_aside
 from abyssal.kernels.linear import dequantise
 from abyssal.kvcache import SequenceCache
-from abyssal.model import Transformer, spans_of
+from abyssal.model import Batch, Transformer
 from abyssal.model.init import initialise
 from abyssal.model.linear import GroupedLinear, QuantLinear
 from abyssal.model.moe import Experts, Gate
@@ -133,14 +133,15 @@ def shape() -> ModelConfig:
 def losses(model: Transformer, ids_BS: Tensor, mtp: bool = True) -> tuple[Tensor, Tensor]:
     """Next-token loss and MTP loss (zero unless `mtp`) of a batch of windows [B, S + 2]."""
     batch, length = ids_BS.shape[0], ids_BS.shape[1] - 2
-    cache = SequenceCache(model.config, model.numerics, batch=batch, dtype=model.dtype)
-    out = model.run(ids_BS[:, :length].flatten(), [cache])
+    memory = model.new_memory()
+    caches = [SequenceCache(memory) for _ in range(batch)]
+    out = model.run(ids_BS[:, :length].flatten(), caches, [length] * batch)
     main = F.cross_entropy(model.logits(out.z_TD), ids_BS[:, 1 : length + 1].flatten())
     if not mtp:
         return main, torch.zeros(())
-    spans = spans_of([(batch, length, 0)])
-    logits = model.mtp_logits(out.streams_TND, ids_BS[:, 1 : length + 1].flatten(), spans, [cache])
-    return main, F.cross_entropy(logits, ids_BS[:, 2 : length + 2].flatten())
+    start = Batch(caches, [length] * batch, [0] * batch)
+    z_TD, _ = model.draft(out.streams_TND, ids_BS[:, 1 : length + 1].flatten(), start)
+    return main, F.cross_entropy(model.logits(z_TD), ids_BS[:, 2 : length + 2].flatten())
 
 
 def read_ids(path: Path) -> np.ndarray:

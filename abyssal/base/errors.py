@@ -6,7 +6,8 @@
     │   ├── CheckpointError a checkpoint folder, shard or tensor that is wrong
     │   └── TokenError      token ids or text out of range
     └── RunError            the work itself failed; the command line exits with 1
-        └── SaveError       writing failed; the destination is unchanged
+        ├── SaveError       writing failed; the destination is unchanged
+        └── CapacityError   pages or slots of a bounded memory are used up; smaller work goes on
 """
 
 from __future__ import annotations
@@ -38,3 +39,7 @@ class RunError(AbyssalError):
 
 class SaveError(RunError):
     """Writing failed; the destination is unchanged."""
+
+
+class CapacityError(RunError):
+    """Pages or slots of a bounded memory are used up; smaller work goes on."""

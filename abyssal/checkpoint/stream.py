@@ -22,13 +22,14 @@ from abyssal.checkpoint.load import fill
 from abyssal.checkpoint.release import Release
 from abyssal.kernels.linear import BAND_ELEMENTS, dequantise
 from abyssal.kernels.rms_norm import rms_norm
-from abyssal.kvcache.sequence import LayerCache
+from abyssal.kvcache.memory import Memory
+from abyssal.kvcache.sequence import SequenceCache
+from abyssal.model.batch import Batch
 from abyssal.model.block import Block
 from abyssal.model.mhc import collapse_head
 from abyssal.model.moe import EXPERT_WEIGHTS, Experts
 from abyssal.model.mtp import MTPBlock
 from abyssal.model.rope import Rope
-from abyssal.model.span import Span
 from abyssal.model.transformer import check_ids
 from abyssal.quant.numerics import Numerics
 from abyssal.quant.precision import wide, wide_dtype
@@ -168,6 +169,8 @@ class _Stream:
     def __init__(self, release: Release, dtype: torch.dtype, numerics: Numerics, silent: bool):
         self.release, self.dtype, self.numerics, self.silent = release, dtype, numerics, silent
         self.c = release.config
+        # arrays are handed out as they are touched, and given back layer by layer
+        self.cache = SequenceCache(Memory(self.c, numerics, dtype=dtype))
 
     def _block(self, block: Block, prefix: str) -> Block:
         block.ffn.experts = DiskExperts(self.c, self.numerics, self.release, f"{prefix}ffn.experts.")
@@ -180,20 +183,23 @@ class _Stream:
 
     def backbone(self, ids_T: Tensor, lengths: list[int]) -> Tensor:
         streams_TND = self._embed(ids_T).unsqueeze(1).repeat(1, self.c.hc_mult, 1)
+        memory = self.cache.memory
+        self.cache.reserve(len(ids_T))
         with Progress(self.c.num_hidden_layers, "layers", "streaming", silent=self.silent) as progress:
             for i, ratio in enumerate(self.c.backbone_ratios):
                 with torch.device("meta"):
                     block = Block(self.c, ratio, i < self.c.num_hash_layers, self.numerics)
                 self._block(block, f"layers.{i}.")
-                cache = LayerCache(self.c, ratio, self.numerics, 1, self.dtype)
                 rope = Rope(self.c, ratio, self.dtype)
                 first = 0
                 for length in lengths:
                     rows = slice(first, first + length)
-                    span = Span(0, 1, length, first)
-                    turn = rope.over([span], ids_T.device)
-                    streams_TND[rows] = block(streams_TND[rows], ids_T[rows], [span], [cache], rope, turn)
+                    batch = Batch([self.cache], [length], [first])
+                    turn = rope.at(batch.positions)
+                    streams, ids = batch.pad(streams_TND[rows]), batch.pad(ids_T[rows])
+                    streams_TND[rows] = block(streams, ids, batch, memory.layers[i], rope, turn)[:length]
                     first += length
+                memory.clear_layer(i)
                 progress.advance()
         return streams_TND
 
@@ -209,17 +215,17 @@ class _Stream:
         with torch.device("meta"):
             block = MTPBlock(self.c, self.numerics)
         self._block(block, "mtp.0.")
-        cache = LayerCache(self.c, 0, self.numerics, 1, self.dtype)
         rope = Rope(self.c, 0, self.dtype)
         parts, first = [], 0
         for length in lengths:
             last = min(first + length, len(ids_T) - 1)
             if last > first:
-                following = ids_T[first + 1 : last + 1]
-                span = Span(0, 1, last - first, first)
-                states = streams_TND[first:last]
-                z, _ = block.predict(states, self._embed(following), following, [span], [cache], rope)
-                parts.append(z)
+                batch = Batch([self.cache], [last - first], [first])
+                following = batch.pad(ids_T[first + 1 : last + 1])
+                states = batch.pad(streams_TND[first:last])
+                memory = self.cache.memory.mtp[0]
+                z, _ = block.predict(states, self._embed(following), following, batch, memory, rope)
+                parts.append(z[: last - first])
             first += length
         return torch.cat(parts)
 

@@ -1,7 +1,8 @@
 """attention: one shared head of entries that are key and value at once, with a sink (architecture.md 2.4).
 
-Each query reads window entries, which a mask limits, and either a masked set of compressed entries that
-all queries share or compressed entries gathered for it alone.
+Keys come in parts: those gathered for each query, and tiles that all queries of a sequence share. The softmax
+runs over the parts in order, so that a part which a query cannot see changes nothing, not even a bit, and the
+result for a query does not depend on the queries beside it.
 """
 
 from __future__ import annotations
@@ -12,58 +13,58 @@ from torch import Tensor
 from abyssal.quant.precision import wide
 
 
-def _with_sink(logits_BQHK: Tensor, sink_H: Tensor) -> Tensor:
-    """Softmax whose denominator also holds exp(sink); the sink's own share is dropped."""
-    sink = wide(sink_H).view(1, 1, -1, 1).expand(*logits_BQHK.shape[:-1], 1)
-    return torch.cat([logits_BQHK, sink], dim=-1).softmax(dim=-1)[..., :-1]
-
-
-def attend(q_BQHC: Tensor, entries_BKC: Tensor, mask: Tensor | None, sink_H: Tensor, scale: float) -> Tensor:
-    """Attention over entries that all queries of a sequence share.
+class Attention:
+    """Queries and what they have read so far.
 
     Args:
-        q_BQHC: queries, any float dtype; products accumulate in float32 (float64 for float64).
-        entries_BKC: keys, which are also the values.
-        mask: True where a query may read an entry, broadcastable to [B, Q, K]; None for everywhere.
+        q_QHC: queries, at least two (a batch of one takes another path); products accumulate in float32
+            (float64 for float64).
+        keys_QKC: entries of each query.
+        mask_QK: True where a query may read an entry.
         sink_H: raw logits that only enlarge the denominator.
         scale: factor of the products, head_dim ** -0.5.
-    Returns:
-        o_BQHC in the dtype of q.
     """
-    batch, queries, heads, _ = q_BQHC.shape
-    entries = wide(entries_BKC)
-    logits = torch.matmul(wide(q_BQHC).flatten(1, 2) * scale, entries.transpose(1, 2))
-    logits_BQHK = logits.view(batch, queries, heads, -1)
-    if mask is not None:
-        logits_BQHK = logits_BQHK.masked_fill(~mask.unsqueeze(-2), float("-inf"))
-    weights = _with_sink(logits_BQHK, sink_H).flatten(1, 2)
-    return torch.matmul(weights, entries).view(q_BQHC.shape).to(q_BQHC.dtype)
+
+    def __init__(self, q_QHC: Tensor, keys_QKC: Tensor, mask_QK: Tensor, sink_H: Tensor, scale: float):
+        self.dtype = q_QHC.dtype
+        self.q_QHC = wide(q_QHC) * scale
+        keys, sink = wide(keys_QKC), wide(sink_H)
+        logits_QHK = torch.bmm(self.q_QHC, keys.transpose(1, 2)).masked_fill(~mask_QK.unsqueeze(1), float("-inf"))
+        self.largest_QH = torch.maximum(logits_QHK.detach().amax(-1), sink.detach())
+        weights_QHK = (logits_QHK - self.largest_QH.unsqueeze(-1)).exp()
+        self.total_QH = weights_QHK.sum(-1) + (sink - self.largest_QH).exp()
+        self.out_QHC = torch.bmm(weights_QHK, keys)
+
+    def read(self, keys_GKC: Tensor, mask_GSK: Tensor) -> None:
+        """Read a tile that the S = Q / G queries of each sequence share.
+
+        Args:
+            keys_GKC: entries of each of G sequences; S * H must be a multiple of 16 for equal bits.
+            mask_GSK: True where a query may read an entry.
+        """
+        G, S, K = mask_GSK.shape
+        H, C = self.q_QHC.shape[1:]
+        keys = wide(keys_GKC)
+        logits = torch.matmul(self.q_QHC.reshape(G, S * H, C), keys.transpose(1, 2)).view(G, S, H, K)
+        logits = logits.masked_fill(~mask_GSK.unsqueeze(2), float("-inf"))
+        before_GSH = self.largest_QH.view(G, S, H)
+        largest_GSH = torch.maximum(logits.detach().amax(-1), before_GSH)
+        weights = (logits - largest_GSH.unsqueeze(-1)).exp()
+        fade_QH = (before_GSH - largest_GSH).exp().view(G * S, H)
+        read = torch.matmul(weights.view(G, S * H, K), keys).view(G * S, H, C)
+        self.total_QH = self.total_QH * fade_QH + weights.sum(-1).view(G * S, H)
+        self.out_QHC = self.out_QHC * fade_QH.unsqueeze(-1) + read
+        self.largest_QH = largest_GSH.view(G * S, H)
+
+    def result(self) -> Tensor:
+        """o_QHC in the dtype of the queries."""
+        return (self.out_QHC / self.total_QH.unsqueeze(-1)).to(self.dtype)
 
 
-def attend_gathered(
-    q_BQHC: Tensor,
-    entries_BKC: Tensor,
-    mask: Tensor,
-    chosen_BQTC: Tensor,
-    chosen_mask_BQT: Tensor,
-    sink_H: Tensor,
-    scale: float,
-) -> Tensor:
-    """Attention over shared entries and, beside them, entries gathered for each query alone.
-
-    Args:
-        q_BQHC, entries_BKC, mask, sink_H, scale: as in `attend`.
-        chosen_BQTC: T more entries for each query.
-        chosen_mask_BQT: False at places that hold no entry.
-    """
-    batch, queries, heads, _ = q_BQHC.shape
-    entries, chosen = wide(entries_BKC), wide(chosen_BQTC)
-    q = wide(q_BQHC) * scale
-    near = torch.matmul(q.flatten(1, 2), entries.transpose(1, 2)).view(batch, queries, heads, -1)
-    far = torch.matmul(q, chosen.transpose(2, 3))
-    near = near.masked_fill(~mask.unsqueeze(-2), float("-inf"))
-    far = far.masked_fill(~chosen_mask_BQT.unsqueeze(-2), float("-inf"))
-    weights = _with_sink(torch.cat([near, far], dim=-1), sink_H)
-    near_w, far_w = weights.split([entries.shape[1], chosen.shape[2]], dim=-1)
-    out = torch.matmul(near_w.flatten(1, 2), entries).view(q.shape) + torch.matmul(far_w, chosen)
-    return out.to(q_BQHC.dtype)
+def attend_reference(q_QHC: Tensor, keys_KC: Tensor, mask_QK: Tensor, sink_H: Tensor, scale: float) -> Tensor:
+    """The plain meaning: one softmax over all entries and the sink, whose own share is dropped."""
+    logits_QHK = torch.einsum("qhc,kc->qhk", q_QHC, keys_KC) * scale
+    logits_QHK = logits_QHK.masked_fill(~mask_QK.unsqueeze(1), float("-inf"))
+    sink = sink_H.view(1, -1, 1).expand(len(q_QHC), -1, 1)
+    weights = torch.cat([logits_QHK, sink], dim=-1).softmax(-1)[..., :-1]
+    return torch.einsum("qhk,kc->qhc", weights, keys_KC)

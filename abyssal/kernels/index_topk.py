@@ -1,64 +1,129 @@
-"""index_topk: the lightning indexer's scores and its choice (architecture.md 2.7)."""
+"""index_topk: the lightning indexer's scores and its choice (architecture.md 2.7).
+
+Keys are read a tile at a time and only the best so far are kept, so memory does not grow with the context.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
+TILE = 8192  # keys that are ranked at once
+DOTS = 1 << 18  # products of one step: they stay in the cache between the product and the sum over heads
+QUERIES = 64  # queries of one step
 
-def index_scores(q_BQIJ: Tensor, weights_BQI: Tensor, keys_BTJ: Tensor) -> Tensor:
+_LOWEST = torch.iinfo(torch.int64).min
+_BLOCK = (1 << 32) - 1
+
+
+def index_scores(q_GSIJ: Tensor, weights_GSI: Tensor, keys_GNJ: Tensor) -> Tensor:
     """I[t, s] = sum over heads of w[t, h] * relu(q[t, h] . k[s]).
 
     Returns:
-        scores_BQT in the dtype of the inputs. Weights may be negative; exact zeros are common.
+        scores_GSN in the dtype of the inputs. Weights may be negative; exact zeros are common.
     """
-    batch, queries, heads, _ = q_BQIJ.shape
-    dots = torch.matmul(q_BQIJ.flatten(1, 2), keys_BTJ.transpose(1, 2)).relu_()
-    dots = dots.view(batch, queries, heads, -1)
-    return torch.matmul(weights_BQI.unsqueeze(2), dots).squeeze(2)
+    G, S, I, _ = q_GSIJ.shape
+    q, weights = q_GSIJ.flatten(1, 2), weights_GSI.unsqueeze(-1)
+    step = max(DOTS // (G * S * I) // 64, 1) * 64
+    scores = []
+    for keys in keys_GNJ.split(step, dim=1):
+        # mm and bmm agree to the bit; mm alone takes a view of the keys without a copy
+        dots = q[0].mm(keys[0].T).unsqueeze(0) if G == 1 else torch.bmm(q, keys.transpose(1, 2))
+        scores.append(dots.relu_().view(G, S, I, -1).mul_(weights).sum(2))
+    return scores[0] if len(scores) == 1 else torch.cat(scores, dim=-1)
 
 
-def choose(scores_BQT: Tensor, visible_Q: Tensor, k: int) -> Tensor:
-    """Which blocks each query reads: the k largest visible scores, ties to the lowest block.
+def choose_reference(scores_QT: Tensor, visible_Q: Tensor, k: int) -> Tensor:
+    """The plain meaning: the k largest visible scores of each query, ties to the lowest block.
+
+    Returns:
+        blocks_QK: their numbers in rising order, [Q, k], -1 in unused places.
+    """
+    chosen = torch.full((len(scores_QT), k), -1)
+    for row, (scores, visible) in enumerate(zip(scores_QT.tolist(), visible_Q.tolist(), strict=True)):
+        best = sorted(sorted(range(visible), key=lambda s: (-scores[s], s))[:k])
+        chosen[row, : len(best)] = torch.tensor(best, dtype=torch.long)
+    return chosen
+
+
+class Best:
+    """The best blocks of each query while tiles of scores go by; tiles come in rising order of blocks.
 
     Args:
-        scores_BQT: index scores.
         visible_Q: how many blocks, counted from the first, each query may see.
-        k: how many blocks a query reads at most.
+        k: how many it reads at most.
+        dtype: of the scores.
+    """
+
+    def __init__(self, visible_Q: Tensor, k: int, dtype: torch.dtype):
+        self.visible_Q1 = visible_Q.unsqueeze(-1)
+        self.k = k
+        self.exact = dtype == torch.float64  # float32 bits and a block number fit into one integer
+        rows = len(visible_Q)
+        self._keys = torch.full((rows, k), _LOWEST)
+        self._scores = torch.full((rows, k), float("-inf"), dtype=dtype)
+        self._blocks = torch.full((rows, k), -1)
+
+    def add(self, scores_QN: Tensor, first: int) -> None:
+        """Scores of blocks first .. first + N - 1."""
+        blocks = torch.arange(first, first + scores_QN.shape[1])
+        hidden = blocks >= self.visible_Q1
+        if self.exact:
+            scores = torch.cat([self._scores, scores_QN.masked_fill(hidden, float("-inf"))], dim=1)
+            numbers = torch.cat([self._blocks, blocks.masked_fill(hidden, -1)], dim=1)
+            # stable: of equal scores the lower block, which comes first, stays first
+            self._scores, order = scores.sort(dim=1, descending=True, stable=True)
+            self._scores, self._blocks = self._scores[:, : self.k], numbers.gather(1, order[:, : self.k])
+            return
+        bits = (scores_QN + 0.0).view(torch.int32)  # + 0.0: minus zero ties with zero
+        ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)  # integers in the order of the floats
+        keys = (ordered.long() << 32) | (_BLOCK - blocks)
+        keys = torch.cat([self._keys, keys.masked_fill_(hidden, _LOWEST)], dim=1)
+        self._keys = keys.topk(self.k, dim=1, sorted=False).values
+
+    def blocks(self) -> Tensor:
+        """Numbers of the chosen blocks in rising order, [Q, k], -1 in unused places."""
+        if self.exact:
+            unused = self._blocks < 0
+            numbers = self._blocks
+        else:
+            unused = self._keys == _LOWEST
+            numbers = _BLOCK - (self._keys & _BLOCK)
+        numbers = numbers.masked_fill(unused, _BLOCK).sort(dim=1).values
+        return numbers.masked_fill(numbers == _BLOCK, -1)
+
+
+def choose(
+    q_GSIJ: Tensor,
+    weights_GSI: Tensor,
+    visible_GS: Tensor,
+    k: int,
+    read: Callable[[int, int], Tensor],
+    total: int,
+) -> Tensor:
+    """The blocks that each query reads.
+
+    Args:
+        q_GSIJ, weights_GSI: S index queries of each of G sequences and their head weights.
+        visible_GS: how many blocks each query may see.
+        k: how many it reads at most.
+        read: index keys [G, stop - first, J] of blocks first .. stop - 1; a multiple of 64 of them.
+        total: blocks that the last query sees.
     Returns:
-        keep_BQT: True for the chosen blocks; a query that sees at most k blocks keeps all of them.
+        blocks_GSK in rising order, -1 in unused places.
     """
-    blocks = scores_BQT.shape[-1]
-    seen_QT = torch.arange(blocks, device=scores_BQT.device) < visible_Q.unsqueeze(-1)
-    if blocks <= k:
-        return seen_QT.expand(scores_BQT.shape)
-    scores = scores_BQT.masked_fill(~seen_QT, float("-inf"))
-    threshold = scores.topk(k, dim=-1).values[..., -1:]
-    above = scores > threshold
-    level = (scores == threshold) & seen_QT  # minus infinity ties with itself where few blocks are visible
-    room = k - above.sum(-1, keepdim=True)
-    return above | (level & (level.cumsum(-1) <= room))
-
-
-def top_blocks(scores_BQT: Tensor, k: int) -> Tensor:
-    """`indices_of(choose(...))` for queries that see every block: [B, Q, min(k, T)], rising.
-
-    One top-k of k + 1 suffices unless the border is a tie, which the general choice breaks.
-    """
-    blocks = scores_BQT.shape[-1]
-    if blocks <= k:
-        return torch.arange(blocks, device=scores_BQT.device).expand(scores_BQT.shape)
-    best = scores_BQT.topk(k + 1, dim=-1)
-    if bool((best.values[..., k - 1] > best.values[..., k]).all()):
-        return best.indices[..., :k].sort(dim=-1).values
-    everything = torch.full((scores_BQT.shape[1],), blocks, device=scores_BQT.device)
-    return indices_of(choose(scores_BQT, everything, k), k)
-
-
-def indices_of(keep_BQT: Tensor, k: int) -> Tensor:
-    """The chosen block numbers in rising order, [B, Q, k], with -1 in unused places."""
-    blocks = keep_BQT.shape[-1]
-    numbers = torch.arange(blocks, device=keep_BQT.device).expand(keep_BQT.shape)
-    order = numbers.masked_fill(~keep_BQT, blocks)
-    first = order.topk(min(k, blocks), dim=-1, largest=False, sorted=True).values
-    return first.masked_fill(first == blocks, -1)
+    G, S = visible_GS.shape
+    parts = [slice(a, a + QUERIES) for a in range(0, S, QUERIES)]
+    best = [Best(visible_GS[:, part].flatten(), k, q_GSIJ.dtype) for part in parts]
+    most = [int(visible_GS[:, part].max()) for part in parts]
+    for first in range(0, total, TILE):
+        stop = min(first + TILE, -(-total // 64) * 64)
+        keys_GNJ = read(first, stop)
+        for part, seen, ranking in zip(parts, most, best, strict=True):
+            if seen > first:
+                near = keys_GNJ[:, : -(-(min(seen, stop) - first) // 64) * 64]
+                ranking.add(index_scores(q_GSIJ[:, part], weights_GSI[:, part], near).flatten(0, 1), first)
+    chosen = [ranking.blocks().unflatten(0, (G, -1)) for ranking in best]
+    return chosen[0] if len(chosen) == 1 else torch.cat(chosen, dim=1)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -14,7 +13,9 @@ def sqrt_softplus(logits: Tensor) -> Tensor:
     softplus(x) equals exp(x) to rounding, so its root is exp(x / 2). The floor keeps the gradient finite.
     """
     small = logits < -15
-    large_part = F.softplus(logits.masked_fill(small, 0.0), threshold=40).sqrt()
+    large = logits.masked_fill(small, 0.0)
+    # written out: torch's softplus rounds by the place of an element in its tensor
+    large_part = (large.clamp(min=0) + large.abs().neg().exp().log1p()).sqrt()
     small_part = (logits.masked_fill(~small, 0.0) / 2).exp()
     return torch.where(small, small_part, large_part)
 

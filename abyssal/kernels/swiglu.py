@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import torch.nn.functional as F
 from torch import Tensor
 
+from abyssal.kernels.sigmoid import sigmoid
 from abyssal.quant.precision import wide
 
 
 def swiglu(gate: Tensor, up: Tensor, limit: float) -> Tensor:
     """silu(min(gate, limit)) * clamp(up, -limit, limit), in float32 (float64 for float64)."""
-    return F.silu(wide(gate).clamp(max=limit)) * wide(up).clamp(-limit, limit)
+    gate = wide(gate).clamp(max=limit)
+    return gate * sigmoid(gate) * wide(up).clamp(-limit, limit)

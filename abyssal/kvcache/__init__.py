@@ -1,5 +1,6 @@
-"""What a sequence remembers: window entries, compressed entries, index keys and unfinished tails."""
+"""What sequences remember: window and compressor rings in slots, compressed entries and index keys in pages."""
 
-from abyssal.kvcache.sequence import LayerCache, SequenceCache, Snapshot
+from abyssal.kvcache.memory import LayerMemory, Memory
+from abyssal.kvcache.sequence import SequenceCache
 
-__all__ = ["LayerCache", "SequenceCache", "Snapshot"]
+__all__ = ["LayerMemory", "Memory", "SequenceCache"]

@@ -1,159 +1,144 @@
-"""The state of sequences that move in lockstep, over all layers (architecture.md 2.9)."""
+"""One sequence in a memory: its page table, its slot and its position (architecture.md 2.9)."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import Self
 
-import torch
-from torch import Tensor
+import numpy as np
 
-from abyssal.arch.config import ModelConfig
 from abyssal.arch.schedule import LayerKind
-from abyssal.kvcache.codec import Codec
-from abyssal.kvcache.store import GrowingStore, SlidingStore
-from abyssal.kvcache.tail import Tail, TailSnapshot
-from abyssal.quant.numerics import Numerics
-from abyssal.quant.precision import wide_dtype
-
-
-class CompressedState:
-    """The tail of one compressor and the vectors that it has produced."""
-
-    def __init__(self, tail: Tail, store: GrowingStore):
-        self.tail = tail
-        self.store = store
-
-    def snapshot(self) -> TailSnapshot:
-        """The tail; the store is cut back to the tail's number of blocks."""
-        return self.tail.snapshot()
-
-    def restore(self, snapshot: TailSnapshot) -> None:
-        """Go back to a snapshot of this state."""
-        self.tail.restore(snapshot)
-        self.store.truncate(snapshot.blocks)
-
-
-class LayerCache:
-    """One layer's state: the window, and what its kind adds.
-
-    Attributes:
-        window: entries of the last tokens.
-        compressed: entries of whole blocks (CSA, HCA), or None.
-        index: index keys of whole blocks (CSA), or None.
-    """
-
-    def __init__(
-        self,
-        config: ModelConfig,
-        ratio: int,
-        numerics: Numerics,
-        batch: int = 1,
-        dtype: torch.dtype = torch.float32,
-        device: torch.device | None = None,
-    ):
-        C, R = config.head_dim, config.qk_rope_head_dim
-        entry = Codec("entry", numerics.entries, C, R, dtype)
-        tail_dtype = wide_dtype(dtype)
-        overlap = LayerKind.of(ratio) is LayerKind.CSA
-        self.window = SlidingStore(entry, batch, config.sliding_window, device)
-        self.compressed: CompressedState | None = None
-        self.index: CompressedState | None = None
-        if ratio:
-            tail = Tail(batch, ratio, C, overlap, tail_dtype, device)
-            self.compressed = CompressedState(tail, GrowingStore(entry, batch, device))
-        if overlap:
-            J = config.index_head_dim
-            tail = Tail(batch, ratio, J, overlap, tail_dtype, device)
-            key = Codec("key", numerics.index, J, R, dtype)
-            self.index = CompressedState(tail, GrowingStore(key, batch, device))
-
-    def states(self) -> list[CompressedState]:
-        """The compressor states that this kind of layer has."""
-        return [state for state in (self.compressed, self.index) if state is not None]
-
-    @property
-    def growing_bytes(self) -> int:
-        """Bytes that grow with the context: compressed entries and index keys."""
-        return sum(state.store.nbytes for state in self.states())
-
-    @property
-    def fixed_bytes(self) -> int:
-        """Bytes that do not: window and tails."""
-        return self.window.nbytes + sum(state.tail.nbytes for state in self.states())
-
-
-@dataclass(frozen=True)
-class Snapshot:
-    """What `SequenceCache.restore` needs; entries that only grow are not copied."""
-
-    position: int
-    windows: tuple[Tensor, ...]
-    tails: tuple[TailSnapshot, ...]
+from abyssal.kvcache.memory import SLACK, Memory, Rows
 
 
 class SequenceCache:
-    """Everything that `batch` sequences of equal length remember.
+    """What one sequence remembers.
 
-    Sequences of different lengths have a cache each. A new cache is a new conversation: nothing of an
-    earlier one can leak into it (architecture.md 2.9, "Reset the state").
+    A new sequence is a new conversation: nothing of an earlier one can leak into it (architecture.md 2.9,
+    "Reset the state"), because rows are only read at positions that this sequence has written.
 
     Attributes:
+        memory: where its pages and its slot lie.
         position: tokens seen so far.
-        layers: state of the backbone blocks.
-        mtp: state of the MTP blocks, which see one token less.
+        pages: page numbers; page i holds the blocks of tokens i * page_tokens and on.
+        slot: number of its slot.
+        since: first position whose ring rows are present; above 0 only while a prefix is recomputed.
+        known: entries of blocks that end at or before this position are there already and are not written.
     """
 
-    def __init__(
-        self,
-        config: ModelConfig,
-        numerics: Numerics | None = None,
-        *,
-        batch: int = 1,
-        dtype: torch.dtype = torch.float32,
-        device: torch.device | None = None,
-    ):
-        numerics = numerics or Numerics()
-        self.batch = batch
+    def __init__(self, memory: Memory):
+        self.memory = memory
         self.position = 0
-        self.layers = [
-            LayerCache(config, ratio, numerics, batch, dtype, device) for ratio in config.backbone_ratios
-        ]
-        depth = config.num_nextn_predict_layers
-        self.mtp = [LayerCache(config, 0, numerics, batch, dtype, device) for _ in range(depth)]
+        self.pages: list[int] = []
+        self.since = 0
+        self.known = 0
+        self._highest = 0
+        self.slot = memory.take_slot()
 
-    def _all(self) -> list[LayerCache]:
-        return [*self.layers, *self.mtp]
-
-    def snapshot(self) -> Snapshot:
-        """A point to come back to, at the cost of a copy of windows and tails."""
-        return Snapshot(
-            self.position,
-            tuple(layer.window.copy_kept() for layer in self._all()),
-            tuple(state.snapshot() for layer in self._all() for state in layer.states()),
-        )
-
-    def restore(self, snapshot: Snapshot) -> None:
-        """Forget every token that came after the snapshot.
+    def reserve(self, tokens: int) -> None:
+        """Make sure that the next tokens can be written: pages are there, and nobody shares what is written.
 
         Raises:
-            ValueError: the snapshot lies ahead of this cache.
+            CapacityError: pages or slots are lacking; nothing has changed that matters.
         """
-        if snapshot.position > self.position:
-            raise ValueError(f"snapshot at token {snapshot.position} lies ahead of the cache at {self.position}")
-        states = [state for layer in self._all() for state in layer.states()]
-        for layer, kept in zip(self._all(), snapshot.windows, strict=True):
-            layer.window.restore(kept)
-        for state, tail in zip(states, snapshot.tails, strict=True):
-            state.restore(tail)
-        self.position = snapshot.position
+        memory = self.memory
+        if memory.slots.holders[self.slot] > 1:
+            slot = memory.take_slot()
+            memory.copy_slot(self.slot, slot)
+            memory.slots.drop([self.slot])
+            self.slot = slot
+        missing = memory.pages_for(self.position + tokens) - len(self.pages)
+        if missing > 0:
+            self.pages += memory.take_pages(missing, self.pages[-1] if self.pages else -1)
+        first = max(self.position, self.known) // memory.page_tokens
+        for i in range(first, memory.pages_for(self.position + tokens)):
+            if memory.pages.holders[self.pages[i]] > 1:
+                (page,) = memory.take_pages(1)
+                memory.copy_page(self.pages[i], page)
+                memory.pages.drop([self.pages[i]])
+                self.pages[i] = page
+
+    def advance(self, tokens: int) -> None:
+        """The next tokens have been written."""
+        self.position += tokens
+        self._highest = max(self._highest, self.position)
+
+    def fork(self) -> SequenceCache:
+        """A second sequence with the same past; pages and slot are shared until one of the two writes."""
+        other = SequenceCache.__new__(SequenceCache)
+        other.memory, other.position, other.pages, other.slot = self.memory, self.position, [*self.pages], self.slot
+        other.since, other.known, other._highest = self.since, self.known, self._highest
+        self.memory.pages.hold(self.pages)
+        self.memory.slots.hold([self.slot])
+        return other
+
+    def rewind(self, position: int) -> None:
+        """Forget the tokens from `position` on; the rings still hold what was before.
+
+        Raises:
+            ValueError: the position lies ahead, or too far back for the rings; fork before long drafts.
+        """
+        if not max(self._highest - SLACK, self.since, 0) <= position <= self.position:
+            raise ValueError(
+                f"cannot rewind from token {self.position} to {position}: the rings hold {SLACK} tokens back"
+                f" from {self._highest}; fork the sequence for more"
+            )
+        self.position = position
+
+    def release(self) -> None:
+        """Give pages and slot back; the sequence must not be used afterwards."""
+        self.memory.pages.drop(self.pages)
+        self.memory.slots.drop([self.slot])
+        self.pages = []
+        self.slot = -1
+
+    def attach(self, pages: list[int], position: int) -> None:
+        """Begin at `position` of a known prefix whose entries lie in `pages`, which are shared.
+
+        The rings are not there yet: see `abyssal.kvcache.image`, or recompute the last tokens.
+
+        Raises:
+            ValueError: this sequence has begun already, or the pages do not cover the prefix.
+        """
+        if self.position or self.pages:
+            raise ValueError(f"this sequence is at token {self.position}: attach a prefix to a new one")
+        if len(pages) * self.memory.page_tokens < position:
+            raise ValueError(f"{len(pages)} pages do not hold {position} tokens: give more")
+        self.memory.pages.hold(pages)
+        self.pages = [*pages]
+        self.position = self.since = self.known = self._highest = position
+
+    def recompute_from(self, start: int) -> None:
+        """Go back to `start` and read tokens again to fill the rings; known entries stay as they are."""
+        assert 0 <= start <= self.position and start % self.memory.page_tokens == 0
+        self.position = self.since = start
+
+    def block_rows(self, blocks: Rows, ratio: int) -> Rows:
+        """Rows of compressed blocks in the arrays of the layers with this ratio."""
+        per_page = self.memory.page_tokens // ratio
+        return 1 + np.asarray(self.pages, np.int64)[blocks // per_page] * per_page + blocks % per_page
 
     @property
     def growing_bytes(self) -> int:
-        """Bytes held that grow with the context."""
-        return sum(layer.growing_bytes for layer in self._all())
+        """Bytes of entries and index keys of the blocks that are complete."""
+        total = 0
+        for memory in self.memory.compressors():
+            row = memory.entries.shape[1] * memory.entries.element_size()
+            total += self.position // memory.ratio * row
+        return total
 
     @property
     def fixed_bytes(self) -> int:
-        """Bytes held that do not."""
-        return sum(layer.fixed_bytes for layer in self._all())
+        """Bytes of the slot."""
+        return self.memory.slot_bytes
 
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
+
+
+def history(position: int, ratio: int) -> int:
+    """First position whose projections a compressor still needs for tokens from `position` on."""
+    overlap = LayerKind.of(ratio) is LayerKind.CSA
+    return max(0, (position // ratio - (1 if overlap else 0)) * ratio)

@@ -2,7 +2,7 @@
 
 Legend of the shape suffixes, the same in every file of this room and of `kernels`:
 
-    T tokens of a packed batch    B sequences in lockstep    S tokens of each    V vocabulary
+    T tokens of a packed batch    B, G sequences            S tokens of each    V vocabulary
     D hidden_size                 N residual streams (paper n_hc)
     H query heads                 C head_dim (paper c)       R rotated dimensions
     Q latent of the query (q_lora_rank); in kernels, queries  G output groups
@@ -10,7 +10,7 @@ Legend of the shape suffixes, the same in every file of this room and of `kernel
     E routed experts              K chosen experts           F expert width
 """
 
-from abyssal.model.span import Span, spans_of
+from abyssal.model.batch import Batch
 from abyssal.model.transformer import Output, Transformer
 
-__all__ = ["Output", "Span", "Transformer", "spans_of"]
+__all__ = ["Batch", "Output", "Transformer"]

@@ -2,27 +2,45 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator
+from itertools import chain, repeat
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from abyssal.arch.config import ModelConfig
-from abyssal.kernels.attention import attend, attend_gathered
-from abyssal.kernels.index_topk import indices_of
+from abyssal.kernels import attention
+from abyssal.kernels.linear import ROWS
 from abyssal.kernels.rms_norm import rms_norm
 from abyssal.kernels.rotary import rotate_tail
-from abyssal.kvcache.sequence import LayerCache
+from abyssal.kvcache.memory import CompressedMemory, LayerMemory
+from abyssal.model.batch import Batch, Group
 from abyssal.model.compressor import Compressor
 from abyssal.model.indexer import Indexer
 from abyssal.model.linear import GroupedLinear, QuantLinear
 from abyssal.model.norm import RMSNorm
 from abyssal.model.rope import Rope
-from abyssal.model.span import Span
 from abyssal.quant.numerics import Numerics
 
-TILE_SCORES = 1 << 22  # scores of one tile of queries, over all heads: 16 MiB of float32
-GATHER_FROM = 4  # gather chosen entries once there are this many times more visible ones
+KEYS_OF_A_STEP = 1 << 21  # values of the entries that are gathered at once: 8 MiB of float32
+# HCA's entries are read in tiles, short at first, so that a short context does not pay for empty places
+FIRST_TILES = (64, 64, 128, 256)
+TILE = 512
+
+
+def tiles(blocks: int) -> Iterator[tuple[int, int]]:
+    """Tiles that cover so many blocks; their borders depend on nothing else, so sums keep their order."""
+    first = 0
+    for size in chain(FIRST_TILES, repeat(TILE)):
+        if first >= blocks:
+            return
+        yield first, first + size
+        first += size
+
+
+def _look_up(rows_KC: Tensor, index_QW: Tensor) -> Tensor:
+    return rows_KC.index_select(0, index_QW.flatten()).unflatten(0, index_QW.shape)
 
 
 class Attention(nn.Module):
@@ -51,17 +69,15 @@ class Attention(nn.Module):
         self.compressor = Compressor(config, ratio, C) if ratio else None
         self.indexer = Indexer(config, ratio, numerics) if ratio == 4 else None
 
-    def forward(
-        self, x_TD: Tensor, spans: Sequence[Span], caches: Sequence[LayerCache], rope: Rope, turn_T: Tensor
-    ) -> Tensor:
+    def forward(self, x_TD: Tensor, batch: Batch, memory: LayerMemory, rope: Rope, turn_T: Tensor) -> Tensor:
         """Attend and project back.
 
         Args:
             x_TD: normed input, packed.
-            spans: where the sequences stand in it.
-            caches: this layer's state of each span; advanced by the span's tokens.
+            batch: where the tokens stand.
+            memory: this layer's memory; the tokens are added to it.
             rope: the layer's rotations, which compressed entries need at places of their own.
-            turn_T: those of the tokens, `rope.over(spans)`.
+            turn_T: those of the tokens, `rope.at(batch.positions)`.
         Returns:
             y_TD.
         """
@@ -70,92 +86,99 @@ class Attention(nn.Module):
         q_THC = self.wq_b(latent_TQ).unflatten(-1, (H, C))
         q_THC = rotate_tail(rms_norm(q_THC, None, self.config.rms_norm_eps), turn_T.unsqueeze(1))
         kv_TC = rotate_tail(self.kv_norm(self.wkv(x_TD)), turn_T)
-        mixed = []
-        for span, cache in zip(spans, caches, strict=True):
-            index = None
-            x_BSD = span.take(x_TD)
-            if self.indexer is not None and cache.index is not None:
-                # first: a query sees the block that its own token completes
-                self.indexer.remember(x_BSD, span.start, cache.index, rope)
-                if cache.index.store.length > self.config.index_topk:
-                    turn = span.take(turn_T).unsqueeze(2)
-                    index = self.indexer.queries(span.take(latent_TQ), x_BSD, turn)
-            window_BKC = cache.window.extend(span.take(kv_TC))
-            if self.compressor is not None and cache.compressed is not None:
-                entries = self.compressor(x_BSD, span.start, cache.compressed.tail, rope)
-                if entries is not None:
-                    cache.compressed.store.append(entries)
-            mixed.append(self._core(span.take(q_THC), window_BKC, index, span.start, cache).flatten(0, 1))
-        o_THC = rotate_tail(_joined(mixed), turn_T.conj().unsqueeze(1))
+        near_KC = self._window(kv_TC, batch, memory)
+        far = None
+        if self.compressor is not None and memory.compressed is not None:
+            entries = self.compressor(x_TD, batch, memory.compressed, rope)
+            if entries is not None:
+                self.compressor.store(entries, batch, memory.compressed)
+            if self.indexer is not None and memory.index is not None:
+                # keys first: a query sees the block that its own token completes
+                self.indexer.remember(x_TD, batch, memory.index, rope)
+                far = self.indexer.rows(latent_TQ, x_TD, turn_T, batch, memory.index)
+        if self.ratio and far is None and memory.compressed is not None:
+            o_AHC = self._over_tiles(q_THC, near_KC, batch, memory.compressed)
+        else:
+            o_AHC = self._gathered(q_THC, near_KC, far, batch, memory.compressed)
+        o_THC = F.pad(o_AHC[: batch.padded], (0, 0, 0, 0, 0, max(batch.padded - len(o_AHC), 0)))
+        o_THC = rotate_tail(o_THC, turn_T.conj().unsqueeze(1))
         return self.wo_b(self.wo_a(o_THC.unflatten(1, (self.config.o_groups, -1)).flatten(2)))
 
-    def _core(
+    @staticmethod
+    def _window(kv_TC: Tensor, batch: Batch, memory: LayerMemory) -> Tensor:
+        """Add window entries; returns the array that `WindowPlan.index` points into, decoded."""
+        plan, ring = batch.window, memory.window
+        new = memory.codec.encode(kv_TC)
+        seen = torch.cat([new.new_zeros(1, new.shape[1]), ring.data.index_select(0, plan.sources), new])
+        source, target = plan.written
+        ring.data.index_copy_(0, target, new.index_select(0, source))
+        return memory.codec.decode(seen)
+
+    def _gathered(
         self,
-        q_BSHC: Tensor,
-        window_BKC: Tensor,
-        index: tuple[Tensor, Tensor] | None,
-        start: int,
-        cache: LayerCache,
+        q_THC: Tensor,
+        near_KC: Tensor,
+        far: tuple[Tensor, Tensor] | None,
+        batch: Batch,
+        memory: CompressedMemory | None,
     ) -> Tensor:
-        """Attention of S queries, a tile of queries at a time so that scores stay small."""
-        batch, length = q_BSHC.shape[:2]
-        H, W = self.config.num_attention_heads, self.config.sliding_window
-        before = window_BKC.shape[1] - length  # window entries of earlier calls
-        width = W + (cache.compressed.store.length if cache.compressed is not None else 0)
-        heads = max(H, self.config.index_n_heads) if index is not None else H
-        tile = min(max(TILE_SCORES // (batch * heads * width), 16), max(W, 256))
+        """Window entries and chosen entries (CSA), or the window alone, gathered for each query; [A, H, C]."""
+        plan = batch.window
+        width = plan.index.shape[1] + (far[0].shape[1] if far is not None else 0)
+        step = max(KEYS_OF_A_STEP // (width * near_KC.shape[1]) // ROWS, 1) * ROWS
         out = []
-        for first in range(0, length, tile):
-            last = min(first + tile, length)
-            low = max(before + first - W + 1, 0)
-            near = window_BKC[:, low : before + last]
-            near_mask = None  # a lone query reads everything that is left of the window
-            if last - first > 1:
-                queries = torch.arange(before + first, before + last, device=q_BSHC.device).unsqueeze(1)
-                keys = torch.arange(low, before + last, device=q_BSHC.device)
-                near_mask = (keys <= queries) & (keys > queries - W)
-            q = q_BSHC[:, first:last]
-            part = None if index is None else (index[0][:, first:last], index[1][:, first:last])
-            out.append(self._tile(q, near, near_mask, part, start + first, cache))
-        return _joined(out, dim=1)
+        for first in range(0, batch.attending, step):
+            # a last query alone would be a batch of one
+            part = slice(first, first + step) if batch.attending - first > 1 else slice(first - 1, None)
+            keys = _look_up(near_KC, plan.index[part])
+            mask = plan.mask[part]
+            if far is not None and memory is not None:
+                keys = torch.cat([keys, memory.read(far[0][part])], dim=1)
+                mask = torch.cat([mask, far[1][part]], dim=1)
+            o = attention.Attention(q_THC[part][: len(mask)], keys, mask, self.attn_sink, self.config.head_dim**-0.5)
+            out.append(o.result()[-1:] if part.start < first else o.result())
+        return out[0] if len(out) == 1 else torch.cat(out)
 
-    def _tile(
+    def _over_tiles(self, q_THC: Tensor, near_KC: Tensor, batch: Batch, memory: CompressedMemory) -> Tensor:
+        """Window entries gathered for each query, then all entries of its sequence (HCA), tile by tile."""
+        plan = batch.window
+        per_query = plan.index.shape[1] * near_KC.shape[1]
+        # products over a multiple of 16 rows, gathered ones over two queries or more
+        heads = self.config.num_attention_heads
+        unit = next(n for n in range(2, 2 * ROWS + 1) if n * heads % ROWS == 0)
+        out = []
+        for group in batch.groups:
+            step = max(KEYS_OF_A_STEP // (per_query * len(group.spans)) // unit, 1) * unit
+            parts = [
+                self._some(q_THC, near_KC, batch, memory, group, slice(first, first + step), unit)
+                for first in range(0, group.length, step)
+            ]
+            out.append((parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)).flatten(0, 1))
+        return out[0] if len(out) == 1 else torch.cat(out)
+
+    def _some(
         self,
-        q_BSHC: Tensor,
-        near_BKC: Tensor,
-        near_mask: Tensor | None,
-        index: tuple[Tensor, Tensor] | None,
-        start: int,
-        cache: LayerCache,
+        q_THC: Tensor,
+        near_KC: Tensor,
+        batch: Batch,
+        memory: CompressedMemory,
+        group: Group,
+        part: slice,
+        unit: int,
     ) -> Tensor:
-        """Attention of a tile whose first query stands at position `start`."""
-        sink, scale = self.attn_sink, self.config.head_dim**-0.5
-        length = q_BSHC.shape[1]
-        blocks = (start + length) // self.ratio if self.ratio else 0
-        if not blocks or cache.compressed is None:
-            return attend(q_BSHC, near_BKC, near_mask, sink, scale)
-        store = cache.compressed.store
-        if near_mask is None:  # a lone query: its entries are keys like those of the window
-            if index is not None and self.indexer is not None and cache.index is not None:
-                far = store.gather(self.indexer.top(*index, cache.index.store.read(blocks))).squeeze(1)
-            else:
-                far = store.read(blocks)
-            return attend(q_BSHC, torch.cat([near_BKC, far], dim=1), None, sink, scale)
-        ends = torch.arange(start + 1, start + 1 + length, device=q_BSHC.device)
-        visible_S = ends // self.ratio  # block s is visible once its last token has been read
-        if index is not None and self.indexer is not None and cache.index is not None:
-            keep = self.indexer.keep(*index, visible_S, cache.index.store.read(blocks))
-            k = self.config.index_topk
-            if blocks > GATHER_FROM * k and not q_BSHC.requires_grad:
-                chosen = indices_of(keep, k)
-                far = store.gather(chosen.clamp(min=0))
-                return attend_gathered(q_BSHC, near_BKC, near_mask, far, chosen >= 0, sink, scale)
-        else:
-            keep = (torch.arange(blocks, device=q_BSHC.device) < visible_S.unsqueeze(1)).unsqueeze(0)
-        entries = torch.cat([near_BKC, store.read(blocks)], dim=1)
-        mask = torch.cat([near_mask.expand(keep.shape[0], *near_mask.shape), keep], dim=-1)
-        return attend(q_BSHC, entries, mask, sink, scale)
-
-
-def _joined(parts: list[Tensor], dim: int = 0) -> Tensor:
-    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=dim)
+        """Some tokens of each sequence of a group, [G, S, H, C]."""
+        G = len(group.spans)
+        q_GSHC = group.take(q_THC)[:, part]
+        length = q_GSHC.shape[1]
+        spare = -length % unit
+        q = F.pad(q_GSHC, (0, 0, 0, 0, 0, spare)).flatten(0, 1)
+        index = F.pad(group.take(batch.window.index)[:, part], (0, 0, 0, spare)).flatten(0, 1)
+        mask = F.pad(group.take(batch.window.mask)[:, part], (0, 0, 0, spare)).flatten(0, 1)
+        state = attention.Attention(q, _look_up(near_KC, index), mask, self.attn_sink, self.config.head_dim**-0.5)
+        visible = batch.visible(self.ratio)[group.rows].reshape(G, -1)[:, part]
+        seen_GS1 = F.pad(torch.from_numpy(visible), (0, spare)).unsqueeze(-1)
+        for first, stop in tiles(int(visible.max())):
+            rows = batch.shared_rows(group, self.ratio, first, stop)
+            keys = memory.read_run(rows[0]).unsqueeze(0) if G == 1 else memory.read(torch.from_numpy(rows))
+            state.read(keys, torch.arange(first, stop) < seen_GS1)
+        return state.result().unflatten(0, (G, -1))[:, :length]

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from torch import Tensor, nn
 
 from abyssal.arch.config import ModelConfig
-from abyssal.kvcache.sequence import LayerCache
+from abyssal.kvcache.memory import LayerMemory
 from abyssal.model.attention import Attention
+from abyssal.model.batch import Batch
 from abyssal.model.mhc import Site, site_parameters
 from abyssal.model.moe import MoE
 from abyssal.model.norm import RMSNorm
 from abyssal.model.rope import Rope
-from abyssal.model.span import Span
 from abyssal.quant.numerics import Numerics
 
 
@@ -39,18 +37,12 @@ class Block(nn.Module):
         self.ffn = MoE(config, hashed, numerics)
 
     def forward(
-        self,
-        streams_TND: Tensor,
-        ids_T: Tensor,
-        spans: Sequence[Span],
-        caches: Sequence[LayerCache],
-        rope: Rope,
-        turn_T: Tensor,
+        self, streams_TND: Tensor, ids_T: Tensor, batch: Batch, memory: LayerMemory, rope: Rope, turn_T: Tensor
     ) -> Tensor:
-        """streams_TND -> streams_TND; this layer's caches are advanced by the tokens of their spans."""
+        """streams_TND -> streams_TND for the padded rows of a batch; its tokens are added to the memory."""
         site = Site(self.config, self.hc_attn_fn, self.hc_attn_base, self.hc_attn_scale)
         x_TD, post, mix = site.enter(streams_TND)
-        streams_TND = site.leave(self.attn(self.attn_norm(x_TD), spans, caches, rope, turn_T), streams_TND, post, mix)
+        streams_TND = site.leave(self.attn(self.attn_norm(x_TD), batch, memory, rope, turn_T), streams_TND, post, mix)
         site = Site(self.config, self.hc_ffn_fn, self.hc_ffn_base, self.hc_ffn_scale)
         x_TD, post, mix = site.enter(streams_TND)
-        return site.leave(self.ffn(self.ffn_norm(x_TD), ids_T), streams_TND, post, mix)
+        return site.leave(self.ffn(self.ffn_norm(x_TD), ids_T, batch.count), streams_TND, post, mix)

@@ -12,7 +12,8 @@ from abyssal.arch.config import ModelConfig
 from abyssal.arch.schedule import LayerKind
 from abyssal.kernels.pool import pool
 from abyssal.kernels.rotary import rotate_tail
-from abyssal.kvcache.tail import Tail
+from abyssal.kvcache.memory import CompressedMemory
+from abyssal.model.batch import Batch, BlockPlan
 from abyssal.model.linear import WideLinear
 from abyssal.model.norm import RMSNorm
 from abyssal.model.rope import Rope
@@ -21,6 +22,9 @@ from abyssal.quant.precision import wide
 
 class Compressor(nn.Module):
     """Pool M tokens into an entry of C channels, normalise it, rotate it at its first token's position.
+
+    A CSA block pools its own M tokens and the M tokens of the block before it: the first half of the channels
+    plays the part of the block before, the second half that of the current one.
 
     Args:
         config: the model's numbers.
@@ -31,29 +35,58 @@ class Compressor(nn.Module):
     def __init__(self, config: ModelConfig, ratio: int, channels: int):
         super().__init__()
         self.ratio = ratio
+        self.channels = channels
         width = channels * (2 if LayerKind.of(ratio) is LayerKind.CSA else 1)
         self.wkv = WideLinear(config.hidden_size, width)
         self.wgate = WideLinear(config.hidden_size, width)
         self.ape = nn.Parameter(torch.zeros(ratio, width))
         self.norm = RMSNorm(channels, config.rms_norm_eps)
 
-    def forward(self, x_BSD: Tensor, start: int, tail: Tail, rope: Rope) -> Tensor | None:
-        """Add tokens and return the entries that they complete.
+    def forward(self, x_TD: Tensor, batch: Batch, memory: CompressedMemory, rope: Rope) -> Tensor | None:
+        """Add tokens to the rings and return the entries that they complete.
 
         Args:
-            x_BSD: normed input of the sublayer.
-            start: position of its first token.
-            tail: the unfinished block; it is advanced.
+            x_TD: normed input of the sublayer.
+            batch: where the tokens stand.
+            memory: this compressor's memory; only its rings are written.
             rope: the layer's rotations.
         Returns:
-            entries [B, number of completed blocks, C] in the dtype of x, or None.
+            entries [N, C] of the blocks of `batch.blocks(ratio)`, in the dtype of x, or None for no block.
         """
-        length = x_BSD.shape[1]
-        places = torch.arange(start, start + length, device=x_BSD.device) % self.ratio
-        first_block = tail.blocks
-        slots = tail.push(self.wkv(x_BSD), self.wgate(x_BSD) + wide(self.ape)[places])
+        plan = batch.blocks(self.ratio)
+        values_TW = self.wkv(x_TD)
+        logits_TW = self.wgate(x_TD) + wide(self.ape).index_select(0, plan.places)
+        slots = self._slots(values_TW, logits_TW, plan, memory)
+        source, target = plan.written
+        memory.values.data.index_copy_(0, target, values_TW.index_select(0, source))
+        memory.logits.data.index_copy_(0, target, logits_TW.index_select(0, source))
         if slots is None:
             return None
-        entries_BNC = self.norm(pool(*slots).to(x_BSD.dtype))
-        first_tokens = torch.arange(first_block, tail.blocks, device=x_BSD.device) * self.ratio
-        return rotate_tail(entries_BNC, rope.at(first_tokens))
+        entries_NC = self.norm(pool(*slots).to(x_TD.dtype))
+        return rotate_tail(entries_NC, rope.at(plan.starts))
+
+    def _slots(
+        self, values_TW: Tensor, logits_TW: Tensor, plan: BlockPlan, memory: CompressedMemory
+    ) -> tuple[Tensor, Tensor] | None:
+        """Values and logits of the tokens of every complete block, [N, M or 2M, C]."""
+        if plan.own is None:
+            return None
+        # the block before the first one: no value, and no share in the softmax
+        absent = values_TW.new_zeros(1, values_TW.shape[1])
+        values = torch.cat([absent, memory.values.data.index_select(0, plan.sources), values_TW])
+        logits = torch.cat(
+            [absent.fill_(float("-inf")), memory.logits.data.index_select(0, plan.sources), logits_TW]
+        )
+        C = self.channels
+        if plan.before is None:
+            return values[plan.own], logits[plan.own]
+        return (
+            torch.cat([values[plan.before][..., :C], values[plan.own][..., C:]], dim=1),
+            torch.cat([logits[plan.before][..., :C], logits[plan.own][..., C:]], dim=1),
+        )
+
+    def store(self, entries_NC: Tensor, batch: Batch, memory: CompressedMemory) -> None:
+        """Write entries that `forward` returned, but for those that are known already."""
+        plan = batch.blocks(self.ratio)
+        new = entries_NC if plan.kept is None else entries_NC.index_select(0, plan.kept)
+        memory.entries.index_copy_(0, plan.entry_rows, memory.codec.encode(new))

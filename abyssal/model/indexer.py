@@ -6,9 +6,10 @@ import torch
 from torch import Tensor, nn
 
 from abyssal.arch.config import ModelConfig
-from abyssal.kernels.index_topk import choose, index_scores, top_blocks
+from abyssal.kernels.index_topk import choose
 from abyssal.kernels.rotary import rotate_tail
-from abyssal.kvcache.sequence import CompressedState
+from abyssal.kvcache.memory import CompressedMemory
+from abyssal.model.batch import Batch, Group
 from abyssal.model.compressor import Compressor
 from abyssal.model.linear import Linear, QuantLinear
 from abyssal.model.rope import Rope
@@ -33,40 +34,57 @@ class Indexer(nn.Module):
         self.weights_proj = Linear(config.hidden_size, I)
         self.compressor = Compressor(config, ratio, J)
 
-    def remember(self, x_BSD: Tensor, start: int, state: CompressedState, rope: Rope) -> None:
+    def remember(self, x_TD: Tensor, batch: Batch, memory: CompressedMemory, rope: Rope) -> None:
         """Add the index keys of the blocks that these tokens complete."""
-        keys = self.compressor(x_BSD, start, state.tail, rope)
+        keys = self.compressor(x_TD, batch, memory, rope)
         if keys is not None:
-            state.store.append(self._turned(keys))
+            self.compressor.store(self._turned(keys), batch, memory)
 
-    def queries(self, latent_BSQ: Tensor, x_BSD: Tensor, turn: Tensor) -> tuple[Tensor, Tensor]:
-        """Index queries [B, S, I, J] and head weights [B, S, I].
+    def rows(
+        self, latent_TQ: Tensor, x_TD: Tensor, turn_T: Tensor, batch: Batch, memory: CompressedMemory
+    ) -> tuple[Tensor, Tensor]:
+        """Rows of the entries that each token reads, [A, K], and which of them are there.
 
         Args:
-            latent_BSQ: the attention's normed query latent, which both share.
-            x_BSD: normed input of the sublayer.
-            turn: rotations at the positions of the tokens, broadcast over heads.
+            latent_TQ: the attention's normed query latent, which both share.
+            x_TD: normed input of the sublayer.
+            turn_T: rotations at the positions of the tokens.
+            batch: where the tokens stand; A is `batch.attending`.
+            memory: the index keys, those of these tokens among them.
         """
+        k, ratio = self.config.index_topk, memory.ratio
+        rows, mask = batch.first_rows(ratio, k)
+        visible = batch.visible(ratio)
+        if int(visible.max()) <= k:
+            return rows, mask
+        with torch.no_grad():  # a choice has no gradient
+            rows, mask = rows.clone(), mask.clone()
+            q_TIJ, weights_TI = self._queries(latent_TQ, x_TD, turn_T)
+            for group in batch.groups:
+                most = int(visible[group.rows].max())
+                if most <= k:
+                    continue
+
+                def read(first: int, stop: int, group: Group = group) -> Tensor:
+                    found = batch.shared_rows(group, ratio, first, stop)
+                    if len(found) == 1:
+                        return wide(memory.read_run(found[0])).unsqueeze(0)
+                    return wide(memory.read(torch.from_numpy(found)))
+
+                seen = torch.from_numpy(visible[group.rows]).unflatten(0, (-1, group.length))
+                blocks = choose(group.take(q_TIJ), group.take(weights_TI), seen, k, read, most)
+                rows[group.rows] = batch.rows_of_chosen(group, ratio, blocks).flatten(0, 1)
+                mask[group.rows] = (blocks >= 0).flatten(0, 1)
+        return rows, mask
+
+    def _queries(self, latent_TQ: Tensor, x_TD: Tensor, turn_T: Tensor) -> tuple[Tensor, Tensor]:
+        """Index queries [T, I, J] and head weights [T, I], in float32 (float64 for float64)."""
         I, J = self.config.index_n_heads, self.config.index_head_dim
-        q = rotate_tail(self.wq_b(latent_BSQ).unflatten(-1, (I, J)), turn)
+        q = rotate_tail(self.wq_b(latent_TQ).unflatten(-1, (I, J)), turn_T.unsqueeze(1))
         q = self._turned(q)
         if self.numerics.index != "exact":
             q = fake_fp4(q)
-        return q, self.weights_proj(x_BSD) * (J**-0.5 * I**-0.5)
-
-    def keep(self, q_BSIJ: Tensor, weights_BSI: Tensor, visible_S: Tensor, keys_BTJ: Tensor) -> Tensor:
-        """True where a query reads a block, [B, S, T]; at most `index_topk` of the visible ones."""
-        k = self.config.index_topk
-        if keys_BTJ.shape[1] <= k:
-            return choose(q_BSIJ.new_empty(*q_BSIJ.shape[:2], keys_BTJ.shape[1]), visible_S, k)
-        with torch.no_grad():  # a choice has no gradient
-            scores = index_scores(wide(q_BSIJ), wide(weights_BSI), wide(keys_BTJ))
-            return choose(scores, visible_S, k)
-
-    def top(self, q_BSIJ: Tensor, weights_BSI: Tensor, keys_BTJ: Tensor) -> Tensor:
-        """Numbers of the chosen blocks of one query that sees all T of them, [B, 1, min(k, T)], rising."""
-        with torch.no_grad():
-            return top_blocks(index_scores(wide(q_BSIJ), wide(weights_BSI), wide(keys_BTJ)), self.config.index_topk)
+        return wide(q), wide(self.weights_proj(x_TD) * (J**-0.5 * I**-0.5))
 
     def _turned(self, x: Tensor) -> Tensor:
         return x if self.numerics.index == "exact" else hadamard(x)

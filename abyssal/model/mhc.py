@@ -6,7 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from abyssal.arch.config import ModelConfig
+from abyssal.kernels.linear import linear
 from abyssal.kernels.rms_norm import inverse_rms
+from abyssal.kernels.sigmoid import sigmoid
 from abyssal.kernels.sinkhorn import sinkhorn
 from abyssal.quant.precision import wide
 
@@ -14,7 +16,7 @@ from abyssal.quant.precision import wide
 def _projection(streams_TND: Tensor, fn: Tensor, eps: float) -> Tensor:
     """Project all streams of a token, divided by one root mean square over them, in float32."""
     flat = wide(streams_TND.flatten(1))  # stream-major: stream 0 first
-    return (flat @ wide(fn).T) * inverse_rms(flat, eps)
+    return linear(flat, wide(fn)) * inverse_rms(flat, eps)
 
 
 def _collapse(streams_TND: Tensor, pre_TN: Tensor) -> Tensor:
@@ -51,7 +53,7 @@ class Site:
         factors = torch.cat([pre_gate.expand(N), post_gate.expand(N), comb_gate.expand(N * N)])
         pre, post, comb = torch.addcmul(wide(self.base), g, factors).split([N, N, N * N], dim=1)
         mix = sinkhorn(comb.unflatten(1, (N, N)), c.hc_sinkhorn_iters, c.hc_eps)
-        return _collapse(streams_TND, pre.sigmoid() + c.hc_eps), 2 * post.sigmoid(), mix
+        return _collapse(streams_TND, sigmoid(pre) + c.hc_eps), 2 * sigmoid(post), mix
 
     @staticmethod
     def leave(y_TD: Tensor, streams_TND: Tensor, post_TN: Tensor, mix_in_out_TNN: Tensor) -> Tensor:
@@ -67,7 +69,7 @@ def collapse_head(streams_TND: Tensor, fn: Tensor, base: Tensor, scale: Tensor, 
         fn: [N, N D]; base: [N]; scale: [1] (hc_head_fn, hc_head_base, hc_head_scale).
     """
     g = _projection(streams_TND, fn, config.rms_norm_eps)
-    return _collapse(streams_TND, torch.sigmoid(g * wide(scale) + wide(base)) + config.hc_eps)
+    return _collapse(streams_TND, sigmoid(g * wide(scale) + wide(base)) + config.hc_eps)
 
 
 def site_parameters(config: ModelConfig) -> tuple[nn.Parameter, nn.Parameter, nn.Parameter]:

@@ -131,7 +131,12 @@ class MoE(nn.Module):
         self.experts = Experts(config, numerics)
         self.shared_experts = SharedExpert(config, numerics)
 
-    def forward(self, x_TD: Tensor, ids_T: Tensor) -> Tensor:
-        """x [T, D] and token ids [T] (hash routing) -> [T, D], same dtype."""
-        routed = self.experts(x_TD, *self.gate.route(x_TD, ids_T))
-        return (routed + wide(self.shared_experts(x_TD))).to(x_TD.dtype)
+    def forward(self, x_TD: Tensor, ids_T: Tensor, count: int) -> Tensor:
+        """x [T, D] and token ids [T] (hash routing) -> [T, D], same dtype.
+
+        Rows from `count` on belong to nobody and pass no routed expert.
+        """
+        weights_TK, chosen_TK = self.gate.route(x_TD, ids_T)
+        y_TD = wide(self.shared_experts(x_TD))
+        routed = self.experts(x_TD[:count], weights_TK[:count], chosen_TK[:count])
+        return torch.cat([routed + y_TD[:count], y_TD[count:]]).to(x_TD.dtype)

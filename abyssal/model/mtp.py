@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from torch import Tensor
 
 from abyssal.arch.config import ModelConfig
-from abyssal.kvcache.sequence import LayerCache
+from abyssal.kvcache.memory import LayerMemory
+from abyssal.model.batch import Batch
 from abyssal.model.block import Block
 from abyssal.model.linear import QuantLinear
 from abyssal.model.mhc import collapse_head, head_parameters
 from abyssal.model.norm import RMSNorm
 from abyssal.model.rope import Rope
-from abyssal.model.span import Span
 from abyssal.quant.numerics import Numerics
 
 
@@ -38,8 +36,8 @@ class MTPBlock(Block):
         streams_TND: Tensor,
         next_embedding_TD: Tensor,
         next_ids_T: Tensor,
-        spans: Sequence[Span],
-        caches: Sequence[LayerCache],
+        batch: Batch,
+        memory: LayerMemory,
         rope: Rope,
     ) -> tuple[Tensor, Tensor]:
         """One step of prediction.
@@ -47,12 +45,14 @@ class MTPBlock(Block):
         Args:
             streams_TND: the backbone's last streams at token i (or this block's own, for a longer draft).
             next_embedding_TD: embedding of token i + 1, and next_ids_T its id.
+            batch: where the tokens i stand; all rows are padded as it says.
+            memory: this block's window.
         Returns:
             normed z_TD, which the shared head turns into logits for token i + 2, and this block's streams.
         """
         embedded = self.e_proj(self.enorm(next_embedding_TD)).unsqueeze(1)
         streams_TND = embedded + self.h_proj(self.hnorm(streams_TND))
-        turn_T = rope.over(spans, streams_TND.device)
-        streams_TND = self.forward(streams_TND, next_ids_T, spans, caches, rope, turn_T)
+        turn_T = rope.at(batch.positions)
+        streams_TND = self.forward(streams_TND, next_ids_T, batch, memory, rope, turn_T)
         z_TD = collapse_head(streams_TND, self.hc_head_fn, self.hc_head_base, self.hc_head_scale, self.config)
         return self.norm(z_TD), streams_TND

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from abyssal.arch.config import ModelConfig, RopeScaling
 from abyssal.kernels.rotary import rotations
-from abyssal.model.span import Span, positions
 from abyssal.quant.precision import wide_dtype
 
 
@@ -60,7 +58,3 @@ class Rope:
     def at(self, positions: Tensor) -> Tensor:
         """Complex rotations for positions of any shape, [*positions.shape, R/2]."""
         return rotations(self.frequencies.to(positions.device), positions)
-
-    def over(self, spans: Sequence[Span], device: torch.device) -> Tensor:
-        """Rotations of every token of a packed batch, [T, R/2]; layers of the same kind share them."""
-        return self.at(positions(spans, device))

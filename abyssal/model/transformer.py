@@ -11,14 +11,15 @@ from torch import Tensor, nn
 from abyssal.arch.config import ModelConfig
 from abyssal.base.errors import TokenError
 from abyssal.kernels.linear import linear
+from abyssal.kvcache.memory import Memory
 from abyssal.kvcache.sequence import SequenceCache
+from abyssal.model.batch import Batch
 from abyssal.model.block import Block
 from abyssal.model.linear import Linear
 from abyssal.model.mhc import collapse_head, head_parameters
 from abyssal.model.mtp import MTPBlock
 from abyssal.model.norm import RMSNorm
 from abyssal.model.rope import Rope
-from abyssal.model.span import Span, spans_of
 from abyssal.quant.numerics import Numerics
 from abyssal.quant.precision import wide
 
@@ -90,52 +91,65 @@ class Transformer(nn.Module):
         depth = 0 if config.dspark else config.num_nextn_predict_layers
         self.mtp = nn.ModuleList(MTPBlock(config, self.numerics) for _ in range(depth))
 
-    def new_cache(self, batch: int = 1) -> SequenceCache:
-        """The state of `batch` new sequences in lockstep."""
-        return SequenceCache(
-            self.config, self.numerics, batch=batch, dtype=self.dtype, device=self.head.weight.device
+    def new_memory(self, *, pages: int | None = None, slots: int | None = None) -> Memory:
+        """Memory for sequences of this model; without limits it grows."""
+        return Memory(
+            self.config, self.numerics, dtype=self.dtype, device=self.head.weight.device, pages=pages, slots=slots
         )
 
-    def forward(self, ids_BS: Tensor, cache: SequenceCache | None = None) -> Tensor:
-        """Logits of sequences in lockstep.
+    def new_cache(self) -> SequenceCache:
+        """The state of a new sequence in a memory of its own."""
+        return SequenceCache(self.new_memory())
+
+    def forward(self, ids_BS: Tensor, caches: Sequence[SequenceCache] | None = None) -> Tensor:
+        """Logits of sequences of equal length.
 
         Args:
             ids_BS: token ids.
-            cache: their state, advanced by S tokens; None starts and forgets new sequences.
+            caches: the state of each, advanced by S tokens; None starts and forgets new sequences.
         Returns:
             logits_BSV in float32 (float64 for a float64 model).
         Raises:
             TokenError: an id is outside the vocabulary.
         """
-        cache = cache or self.new_cache(ids_BS.shape[0])
-        return self.logits(self.run(ids_BS.flatten(), [cache]).z_TD).unflatten(0, ids_BS.shape)
+        if caches is None:
+            memory = self.new_memory()
+            caches = [SequenceCache(memory) for _ in ids_BS]
+        lengths = [ids_BS.shape[1]] * len(caches)
+        return self.logits(self.run(ids_BS.flatten(), caches, lengths).z_TD).unflatten(0, ids_BS.shape)
 
     def run(self, ids_T: Tensor, caches: Sequence[SequenceCache], lengths: Sequence[int] | None = None) -> Output:
         """One pass over packed tokens of sequences of any lengths, each at its own position.
 
+        The result for a sequence has the same bits whatever else is in the pass and however its tokens are
+        cut into passes (on processors where `kernels.linear` and torch's batched products allow it).
+
         Args:
             ids_T: tokens of all sequences, one sequence after another.
-            caches: the state of each group of sequences in lockstep; advanced.
-            lengths: tokens of each group's sequences; needed when there is more than one group.
+            caches: the state of each, all in one memory; advanced.
+            lengths: tokens of each; needed when there is more than one.
         Raises:
             TokenError: an id is outside the vocabulary, or there is no token.
             ValueError: the lengths do not add up.
+            CapacityError: the memory is bounded and full; no sequence has advanced.
         """
-        lengths = lengths or [len(ids_T) // caches[0].batch]
+        lengths = lengths or [len(ids_T)]
         if not len(ids_T):
             raise TokenError("no tokens: give at least one token id")
-        if sum(c.batch * n for c, n in zip(caches, lengths, strict=True)) != len(ids_T):
+        if len(lengths) != len(caches) or sum(lengths) != len(ids_T):
             raise ValueError(f"lengths {list(lengths)} do not add up to {len(ids_T)} tokens: give one for each cache")
         check_ids(ids_T, self.config.vocab_size)
-        spans = spans_of([(c.batch, n, c.position) for c, n in zip(caches, lengths, strict=True)])
-        streams_TND = self.enter(ids_T)
-        turns = {ratio: self.ropes[ratio].over(spans, ids_T.device) for ratio in set(self.config.backbone_ratios)}
-        for i, (ratio, block) in enumerate(zip(self.config.backbone_ratios, self.layers, strict=True)):
-            states = [c.layers[i] for c in caches]
-            streams_TND = block(streams_TND, ids_T, spans, states, self.ropes[ratio], turns[ratio])
         for cache, length in zip(caches, lengths, strict=True):
-            cache.position += length
-        return Output(streams_TND, self.leave(streams_TND))
+            cache.reserve(length)
+        batch = Batch(caches, lengths)
+        ids_T = batch.pad(ids_T)
+        streams_TND = self.enter(ids_T)
+        turns = {ratio: self.ropes[ratio].at(batch.positions) for ratio in set(self.config.backbone_ratios)}
+        for ratio, block, memory in zip(self.config.backbone_ratios, self.layers, batch.memory.layers, strict=True):
+            streams_TND = block(streams_TND, ids_T, batch, memory, self.ropes[ratio], turns[ratio])
+        for cache, length in zip(caches, lengths, strict=True):
+            cache.advance(length)
+        return Output(streams_TND[: batch.count], self.leave(streams_TND)[: batch.count])
 
     def enter(self, ids_T: Tensor) -> Tensor:
         """Embed tokens and copy them into every stream, unscaled, [T, N, D]."""
@@ -151,28 +165,24 @@ class Transformer(nn.Module):
         """The head, in float32 (float64 for float64): z [..., D] -> [..., V]."""
         return linear(wide(z_TD), self.head.weight, self.head.scale)
 
-    def mtp_logits(
-        self,
-        streams_TND: Tensor,
-        next_ids_T: Tensor,
-        spans: Sequence[Span],
-        caches: Sequence[SequenceCache],
-        depth: int = 0,
-    ) -> Tensor:
-        """Logits of the token after the next, from the streams at i and the id at i + 1.
+    def draft(
+        self, streams_TND: Tensor, next_ids_T: Tensor, batch: Batch, depth: int = 0
+    ) -> tuple[Tensor, Tensor]:
+        """One step of the MTP block.
 
         Args:
-            streams_TND: `Output.streams_TND` of the tokens.
-            next_ids_T: the token that follows each of them.
-            spans: where the sequences stand, positions included.
-            caches: their states; the MTP block's window is advanced.
+            streams_TND: `Output.streams_TND` at tokens i, or this block's own for a longer draft.
+            next_ids_T: the tokens i + 1.
+            batch: where the tokens i stand; the MTP block's window is advanced.
         Returns:
-            logits_TV.
+            z_TD, which `logits` turns into those of token i + 2, and streams_TND for the next step.
         """
         block = self.mtp[depth]
         assert isinstance(block, MTPBlock)
         check_ids(next_ids_T, self.config.vocab_size)
-        embedded = self.embed(next_ids_T).to(self.dtype)
-        states = [c.mtp[depth] for c in caches]
-        z_TD, _ = block.predict(streams_TND, embedded, next_ids_T, spans, states, self.ropes[0])
-        return self.logits(z_TD)
+        ids_T = batch.pad(next_ids_T)
+        embedded_TD = self.embed(ids_T).to(self.dtype)
+        z_TD, streams_TND = block.predict(
+            batch.pad(streams_TND), embedded_TD, ids_T, batch, batch.memory.mtp[depth], self.ropes[0]
+        )
+        return z_TD[: batch.count], streams_TND[: batch.count]

@@ -21,7 +21,7 @@ from abyssal.checkpoint.save import convert, make_release, save_model
 from abyssal.checkpoint.shards import Shards
 from abyssal.checkpoint.stream import plan_stream, stream_logits
 from abyssal.kernels.linear import dequantise
-from abyssal.model import Transformer, spans_of
+from abyssal.model import Batch, Transformer
 from abyssal.quant.numerics import Numerics
 from tests.checkpoint.conftest import tiny_config
 from tests.oracle import hf
@@ -161,8 +161,9 @@ def test_streaming_equals_loading(layout: str, mode: Any, releases: dict[str, Pa
 def test_streaming_the_mtp_head(releases: dict[str, Path], tmp_path: Path) -> None:
     model = load_model(releases["flash"], dtype=torch.float64)
     ids = torch.tensor(IDS)
-    streams = model.run(ids, [model.new_cache()]).streams_TND[:-1]
-    want = model.mtp_logits(streams, ids[1:], spans_of([(1, len(IDS) - 1, 0)]), [model.new_cache()])
+    cache = model.new_cache()
+    streams = model.run(ids, [cache]).streams_TND[:-1]
+    want = model.logits(model.draft(streams, ids[1:], Batch([cache], [len(IDS) - 1], [0]))[0])
     out = tmp_path / "mtp.npy"
     stream_logits(releases["flash"], IDS, out, dtype=torch.float64, mtp=True, chunks=[3, 100, 37], silent=True)
     np.testing.assert_allclose(np.load(out), want.detach().numpy(), rtol=0, atol=1e-12)

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from abyssal.arch.config import ModelConfig
-from abyssal.model import Transformer, spans_of
+from abyssal.model import Batch, Transformer
 from abyssal.quant.numerics import Numerics
 from tests.cases import random_config, random_ids, random_model
 from tests.oracle import plain
@@ -38,8 +38,10 @@ def ours(model: Transformer, ids: list[int], mtp: bool) -> np.ndarray:
     if not mtp:
         return model(torch.tensor([ids]))[0].numpy()
     tokens = torch.tensor(ids)
-    streams = model.run(tokens, [model.new_cache()]).streams_TND[:-1]
-    return model.mtp_logits(streams, tokens[1:], spans_of([(1, len(ids) - 1, 0)]), [model.new_cache()]).numpy()
+    cache = model.new_cache()
+    streams = model.run(tokens, [cache]).streams_TND[:-1]
+    z, _ = model.draft(streams, tokens[1:], Batch([cache], [len(ids) - 1], [0]))
+    return model.logits(z).numpy()
 
 
 def trap_case() -> tuple[ModelConfig, Transformer, list[int]]:

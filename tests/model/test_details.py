@@ -8,36 +8,39 @@ from pathlib import Path
 import pytest
 import torch
 
+import abyssal.kernels.index_topk as index_topk
 import abyssal.model.attention as attention
 from abyssal.arch.presets import preset
 from abyssal.checkpoint.load import load_model
 from abyssal.checkpoint.save import make_release
+from abyssal.kvcache import SequenceCache
 from abyssal.model import Transformer
 from abyssal.model.init import initialise
 from tests.cases import random_config, random_ids, random_model
 
 
 @pytest.mark.parametrize("seed", [0, 4, 5])
-@pytest.mark.parametrize("gather_from", [0, 1, 10**6])
-def test_tiles_and_gathering_change_nothing(seed: int, gather_from: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Trap 22: scores are tiled; whether chosen entries are gathered or masked is a matter of speed."""
+def test_the_size_of_a_step_changes_nothing(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Trap 22: keys are gathered and scores are taken step by step; how many at once is a matter of speed."""
     config = random_config(seed)
-    model = random_model(config, seed)
+    model = random_model(config, seed, torch.float32)
     ids = torch.tensor([random_ids(config, 270, seed)])
     want = model(ids)
-    monkeypatch.setattr(attention, "TILE_SCORES", 1)  # the smallest tiles
-    monkeypatch.setattr(attention, "GATHER_FROM", gather_from)
-    torch.testing.assert_close(model(ids), want, rtol=0, atol=1e-11)
+    monkeypatch.setattr(attention, "KEYS_OF_A_STEP", 1)
+    monkeypatch.setattr(index_topk, "QUERIES", 5)
+    monkeypatch.setattr(index_topk, "TILE", 64)
+    monkeypatch.setattr(index_topk, "DOTS", 1)
+    assert torch.equal(model(ids), want)
 
 
-def test_several_sequences_in_lockstep_gather_their_own_entries(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_several_sequences_in_lockstep_gather_their_own_entries() -> None:
     """Trap 10: no query reads what another one chose."""
-    monkeypatch.setattr(attention, "GATHER_FROM", 0)
     config = random_config(5)
     model = random_model(config, 5)
     ids = torch.tensor([random_ids(config, 150, n) for n in range(3)])
-    together, cache = model(ids), model.new_cache(3)
-    stepwise = torch.cat([model(ids[:, :130], cache), *(model(ids[:, i : i + 1], cache) for i in range(130, 150))], 1)
+    together, memory = model(ids), model.new_memory()
+    caches = [SequenceCache(memory) for _ in range(3)]
+    stepwise = torch.cat([model(ids[:, :130], caches), *(model(ids[:, i : i + 1], caches) for i in range(130, 150))], 1)
     for n in range(3):
         alone = model(ids[n : n + 1])[0]
         torch.testing.assert_close(together[n], alone, rtol=0, atol=1e-11)
@@ -93,8 +96,8 @@ def test_prompts_around_block_edges_go_on_like_longer_ones(length: int) -> None:
     model = random_model(config, 0)
     ids = random_ids(config, length + 6, 2)
     cache = model.new_cache()
-    model(torch.tensor([ids[:length]]), cache)
-    rest = torch.cat([model(torch.tensor([[t]]), cache)[0] for t in ids[length:]])
+    model(torch.tensor([ids[:length]]), [cache])
+    rest = torch.cat([model(torch.tensor([[t]]), [cache])[0] for t in ids[length:]])
     torch.testing.assert_close(rest, model(torch.tensor([ids]))[0, length:], rtol=0, atol=1e-11)
 
 
@@ -103,19 +106,18 @@ def test_a_new_cache_remembers_nothing() -> None:
     config = random_config(1)
     model = random_model(config, 1)
     first = model(torch.tensor([[1, 2]]))
-    model(torch.tensor([random_ids(config, 50)]), model.new_cache())
+    model(torch.tensor([random_ids(config, 50)]), [model.new_cache()])
     assert torch.equal(model(torch.tensor([[1, 2]])), first)
 
 
 def test_cache_sizes_are_those_of_the_calculation() -> None:
     from abyssal.efficiency.kv import kv_cost
-    from abyssal.kvcache import SequenceCache
     from abyssal.quant.numerics import Numerics
 
     config = replace(preset("nano"), vocab_size=64)
     model = initialise(Transformer(config, numerics=Numerics.of("packed")), 0).requires_grad_(False)
-    cache: SequenceCache = model.new_cache()
-    model(torch.zeros(1, 512, dtype=torch.long), cache)
+    cache = model.new_cache()
+    model(torch.zeros(1, 512, dtype=torch.long), [cache])
     assert cache.growing_bytes == kv_cost(config).at(512)
 
 

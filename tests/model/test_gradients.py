@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from abyssal.arch.config import ModelConfig
 from abyssal.kernels.router import sqrt_softplus
 from abyssal.kernels.sinkhorn import sinkhorn, sinkhorn_reference
-from abyssal.model import Transformer, spans_of
+from abyssal.model import Batch, Transformer
 from abyssal.quant.entry import fake_entry
 from abyssal.quant.fp4 import fake_fp4
 from abyssal.quant.fp8 import fake_fp8
@@ -25,7 +25,8 @@ def loss_of(model: Transformer, ids: torch.Tensor) -> torch.Tensor:
     cache = model.new_cache()
     out = model.run(ids[:-2], [cache])
     main = F.cross_entropy(model.logits(out.z_TD), ids[1:-1])
-    draft = model.mtp_logits(out.streams_TND, ids[1:-1], spans_of([(1, len(ids) - 2, 0)]), [cache])
+    z_TD, _ = model.draft(out.streams_TND, ids[1:-1], Batch([cache], [len(ids) - 2], [0]))
+    draft = model.logits(z_TD)
     return main + 0.3 * F.cross_entropy(draft, ids[2:])
 
 
@@ -99,8 +100,8 @@ def test_gradients_flow_through_cached_chunks() -> None:
     whole = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
     cache = model.new_cache()
-    model(ids[:, :130], cache)
-    model(ids[:, 130:], cache)[0, -1].sum().backward()
+    model(ids[:, :130], [cache])
+    model(ids[:, 130:], [cache])[0, -1].sum().backward()
     for name, p in model.named_parameters():
         if p.grad is not None:
             torch.testing.assert_close(p.grad, whole[name], rtol=1e-8, atol=1e-10)

@@ -1,0 +1,297 @@
+"""Where the tokens of a pass stand, and which rows of the memory each of them reads and writes.
+
+Tokens of all sequences lie one after another, [T, ...], without padding inside: padding would be pooled into
+compressed blocks and would shift their borders (architecture.md 2.9). Rows of nobody fill T up to a multiple
+of 16 at the end, because products over fewer rows add in another order (see `abyssal.kernels.linear`).
+
+Index arrays are the same for all layers of a kind, so they are made once for a pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import torch
+from numpy.lib.stride_tricks import sliding_window_view
+from numpy.typing import NDArray
+from torch import Tensor
+
+from abyssal.arch.schedule import LayerKind
+from abyssal.kernels.linear import ROWS
+from abyssal.kvcache.memory import Memory
+from abyssal.kvcache.sequence import SequenceCache, history
+
+
+@dataclass(frozen=True)
+class Span:
+    """Tokens of one sequence in a pass.
+
+    Attributes:
+        cache: the sequence's state.
+        first: row of the first of them in the packed tensors.
+        length: how many.
+        start: position of the first of them in the sequence.
+    """
+
+    cache: SequenceCache
+    first: int
+    length: int
+    start: int
+
+
+@dataclass(frozen=True)
+class Group:
+    """Neighbouring spans of equal length, which are computed side by side.
+
+    Attributes:
+        first: row of the first token.
+        length: tokens of each span.
+        spans: the spans.
+    """
+
+    first: int
+    length: int
+    spans: tuple[Span, ...]
+
+    @property
+    def rows(self) -> slice:
+        """Their rows in the packed tensors."""
+        return slice(self.first, self.first + self.length * len(self.spans))
+
+    def take(self, x: Tensor) -> Tensor:
+        """Their rows of x [T, ...] as [G, S, ...]."""
+        return x[self.rows].unflatten(0, (len(self.spans), self.length))
+
+
+@dataclass(frozen=True)
+class WindowPlan:
+    """Which window entries each token reads.
+
+    The entries are looked up in one array: a zero row, the `sources` rows of the ring, the pass's own T rows.
+
+    Attributes:
+        sources: ring rows of earlier tokens.
+        index: [A, W] places in that array, oldest first, 0 where there is none; A >= 2 rows.
+        mask: [A, W], True where there is one.
+        written: rows of the pass that stay in the ring, and the ring rows they go to.
+    """
+
+    sources: Tensor
+    index: Tensor
+    mask: Tensor
+    written: tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class BlockPlan:
+    """Which compressed blocks the tokens complete, for one ratio.
+
+    Attributes:
+        places: [T] place of each token in its block.
+        written: as in `WindowPlan`, for the compressors' rings.
+        sources: ring rows of earlier tokens that are pooled now.
+        own, before: [N, M] places of a block's tokens and of those of the block before it (CSA) in: an absent
+            row, the `sources`, the pass's own rows. None where no block is complete or none is needed.
+        starts: [N] position of each block's first token.
+        kept: numbers of the blocks to store, or None for all; a recomputed block may be stored already.
+        entry_rows: where they go.
+    """
+
+    places: Tensor
+    written: tuple[Tensor, Tensor]
+    sources: Tensor
+    own: Tensor | None
+    before: Tensor | None
+    starts: Tensor
+    kept: Tensor | None
+    entry_rows: Tensor
+
+
+def _tensor(rows: NDArray[np.int64]) -> Tensor:
+    return torch.from_numpy(np.ascontiguousarray(rows))
+
+
+_NOTHING = np.zeros(0, np.int64)
+
+
+class Batch:
+    """The tokens of one pass.
+
+    Args:
+        caches: the sequences' states; their pages and slots must be reserved.
+        lengths: tokens of each.
+        starts: position of the first token of each; by default where the state stands.
+
+    Attributes:
+        spans: where each sequence's tokens lie.
+        count: tokens.
+        padded: rows of the packed tensors, the next multiple of 16.
+        positions: [padded], 0 for rows of nobody.
+    """
+
+    def __init__(
+        self, caches: Sequence[SequenceCache], lengths: Sequence[int], starts: Sequence[int] | None = None
+    ):
+        self.spans: list[Span] = []
+        first = 0
+        for i, (cache, length) in enumerate(zip(caches, lengths, strict=True)):
+            self.spans.append(Span(cache, first, length, cache.position if starts is None else starts[i]))
+            first += length
+        self.memory: Memory = caches[0].memory
+        self.count = first
+        self.padded = -(-first // ROWS) * ROWS
+        # a product over a batch of one takes another path
+        self.attending = max(first, 2)
+        self._positions = np.zeros(self.padded, np.int64)
+        for span in self.spans:
+            self._positions[span.first : span.first + span.length] = np.arange(span.start, span.start + span.length)
+        self.positions = torch.from_numpy(self._positions)
+        self._blocks: dict[int, BlockPlan] = {}
+        self._few: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
+
+    def pad(self, x: Tensor) -> Tensor:
+        """x [count, ...] with rows of nobody behind it, [padded, ...]."""
+        if self.padded == self.count:
+            return x
+        return torch.cat([x, x.new_zeros(self.padded - self.count, *x.shape[1:])])
+
+    @cached_property
+    def groups(self) -> list[Group]:
+        """Neighbouring spans of equal length."""
+        found: list[list[Span]] = []
+        for span in self.spans:
+            if found and found[-1][0].length == span.length:
+                found[-1].append(span)
+            else:
+                found.append([span])
+        return [Group(spans[0].first, spans[0].length, tuple(spans)) for spans in found]
+
+    def visible(self, ratio: int) -> NDArray[np.int64]:
+        """[count] blocks that each token sees; it sees the one that it completes (architecture.md 2.8)."""
+        return (self._positions[: self.count] + 1) // ratio
+
+    @cached_property
+    def window(self) -> WindowPlan:
+        """Window entries of each token."""
+        W = self.memory.config.sliding_window
+        ring = self.memory.all_layers()[0].window
+        earlier = [max(span.cache.since, span.start - W + 1, 0) for span in self.spans]
+        sources = [
+            ring.rows(span.cache.slot, begin, span.start) for span, begin in zip(self.spans, earlier, strict=True)
+        ]
+        index = np.zeros((self.attending, W), np.int64)
+        held, own = 1, 1 + sum(map(len, sources))
+        for span, rows in zip(self.spans, sources, strict=True):
+            n = len(rows)
+            seen = np.zeros(W - 1 + span.length, np.int64)
+            seen[W - 1 - n : W - 1] = np.arange(held, held + n)
+            seen[W - 1 :] = np.arange(own + span.first, own + span.first + span.length)
+            index[span.first : span.first + span.length] = sliding_window_view(seen, W)
+            held += n
+        return WindowPlan(
+            _tensor(np.concatenate(sources)),
+            _tensor(index),
+            torch.from_numpy(index > 0),
+            self._written(ring.size, lambda span, begin, stop: ring.rows(span.cache.slot, begin, stop)),
+        )
+
+    def _written(self, size: int, rows_of) -> tuple[Tensor, Tensor]:  # type: ignore[no-untyped-def]
+        source, target = [], []
+        for span in self.spans:
+            kept = min(span.length, size)
+            stop = span.start + span.length
+            source.append(np.arange(span.first + span.length - kept, span.first + span.length))
+            target.append(rows_of(span, stop - kept, stop))
+        return _tensor(np.concatenate(source)), _tensor(np.concatenate(target))
+
+    def blocks(self, ratio: int) -> BlockPlan:
+        """Blocks of this ratio that the tokens complete."""
+        if ratio not in self._blocks:
+            self._blocks[ratio] = self._plan_blocks(ratio)
+        return self._blocks[ratio]
+
+    def _plan_blocks(self, ratio: int) -> BlockPlan:
+        overlap = LayerKind.of(ratio) is LayerKind.CSA
+        layer = self.memory.layers[self.memory.config.backbone_ratios.index(ratio)]
+        assert layer.compressed is not None
+        ring = layer.compressed.values
+        sources, own, before, starts, targets, kept = [], [], [], [], [], []
+        complete = [(s.start // ratio, (s.start + s.length) // ratio) for s in self.spans]
+        begins = [
+            max(history(s.start, ratio), s.cache.since) if stop > first else s.start
+            for s, (first, stop) in zip(self.spans, complete, strict=True)
+        ]
+        held, fresh = 1, 1 + sum(s.start - b for s, b in zip(self.spans, begins, strict=True))
+        for span, (first, stop), begin in zip(self.spans, complete, begins, strict=True):
+            if stop == first:
+                continue
+            sources.append(ring.rows(span.cache.slot, begin, span.start))
+            # the place of every position from `begin` on; what lies before is absent
+            base = max(0, (first - 1) * ratio)
+            place = np.zeros(stop * ratio - base, np.int64)
+            n = span.start - begin
+            place[begin - base : span.start - base] = np.arange(held, held + n)
+            place[span.start - base :] = np.arange(fresh + span.first, fresh + span.first + stop * ratio - span.start)
+            held += n
+            numbers = np.arange(first, stop)
+            own.append(place[(first * ratio - base) :].reshape(-1, ratio))
+            if overlap:
+                earlier = place[: len(place) - ratio].reshape(-1, ratio)
+                before.append(earlier if first else np.concatenate([np.zeros((1, ratio), np.int64), earlier]))
+            starts.append(numbers * ratio)
+            new = (numbers + 1) * ratio > span.cache.known
+            kept.append(new)
+            targets.append(span.cache.block_rows(numbers[new], ratio))
+        new = np.concatenate(kept) if kept else np.zeros(0, np.bool_)
+        return BlockPlan(
+            torch.from_numpy(self._positions % ratio),
+            self._written(ring.size, lambda span, begin, stop: ring.rows(span.cache.slot, begin, stop)),
+            _tensor(np.concatenate(sources) if sources else _NOTHING),
+            _tensor(np.concatenate(own)) if own else None,
+            _tensor(np.concatenate(before)) if before else None,
+            _tensor(np.concatenate(starts) if starts else _NOTHING),
+            None if bool(new.all()) else _tensor(np.flatnonzero(new)),
+            _tensor(np.concatenate(targets) if targets else _NOTHING),
+        )
+
+    def first_rows(self, ratio: int, k: int) -> tuple[Tensor, Tensor]:
+        """Rows of the first k blocks of each token's sequence, [A, k], and which of them it sees.
+
+        What a token reads that sees no more than k blocks.
+        """
+        if (ratio, k) not in self._few:
+            rows = np.zeros((self.attending, k), np.int64)
+            mask = np.zeros((self.attending, k), np.bool_)
+            visible = self.visible(ratio)
+            for span in self.spans:
+                part = slice(span.first, span.first + span.length)
+                most = min(int(visible[part].max()), k)
+                rows[part, :most] = span.cache.block_rows(np.arange(most), ratio)
+                mask[part] = np.arange(k) < visible[part, None]
+            rows[~mask] = 0
+            self._few[ratio, k] = torch.from_numpy(rows), torch.from_numpy(mask)
+        return self._few[ratio, k]
+
+    def shared_rows(self, group: Group, ratio: int, begin: int, stop: int) -> NDArray[np.int64]:
+        """Rows of blocks begin .. stop - 1 of each sequence of a group, [G, stop - begin], 0 for none."""
+        rows = np.zeros((len(group.spans), stop - begin), np.int64)
+        for i, span in enumerate(group.spans):
+            most = min((span.start + span.length) // ratio, stop)
+            if most > begin:
+                rows[i, : most - begin] = span.cache.block_rows(np.arange(begin, most), ratio)
+        return rows
+
+    def rows_of_chosen(self, group: Group, ratio: int, blocks_GSK: Tensor) -> Tensor:
+        """Rows of chosen blocks [G, S, K] of each sequence of a group; -1 becomes row 0."""
+        per_page = self.memory.page_tokens // ratio
+        most = max(len(span.cache.pages) for span in group.spans)
+        table = np.zeros((len(group.spans), most), np.int64)
+        for i, span in enumerate(group.spans):
+            table[i, : len(span.cache.pages)] = span.cache.pages
+        numbers = blocks_GSK.clamp(min=0).flatten(1)
+        pages = torch.from_numpy(table).gather(1, numbers // per_page)
+        rows = (1 + pages * per_page + numbers % per_page).view(blocks_GSK.shape)
+        return rows.masked_fill(blocks_GSK < 0, 0)
