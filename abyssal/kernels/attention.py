@@ -39,7 +39,8 @@ class Attention:
         """Read a tile that the S = Q / G queries of each sequence share.
 
         Args:
-            keys_GKC: entries of each of G sequences; S * H must be a multiple of 16 for equal bits.
+            keys_GKC: entries of each of G sequences; S * H must be a multiple of `linear.row_unit`
+                for equal bits.
             mask_GSK: True where a query may read an entry.
         """
         G, S, K = mask_GSK.shape

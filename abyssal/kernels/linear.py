@@ -4,8 +4,8 @@ The plain meaning: dequantise, then multiply. Large quantised weights are expand
 time, so that a product needs little memory beside the stored bytes.
 
 The result for a row does not depend on the other rows. Libraries add in another order when there are few
-rows, so rows are filled up to a multiple of 16; where even that does not help (`rows_are_independent` asks
-this machine once), the product is taken 16 rows at a time.
+rows or when threads share them unevenly, so rows are filled up to a multiple of `row_unit`, which is found by
+trying, once for a process. Where no multiple helps, the product is taken one unit at a time.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from torch import Tensor
 from abyssal.quant.fp4 import dequantise_fp4
 from abyssal.quant.fp8 import dequantise_fp8
 
-ROWS = 16  # products are taken over a multiple of so many rows
+UNITS = (8, 16, 32, 64)  # rows of which a product may be a multiple
+NARROW = 16  # fewer outputs take another path of the library
 ROW_BLOCK = 128  # rows that share a row of FP8 scales
 BAND_ELEMENTS = 1 << 24  # 64 MiB of float32: the expanded part of a quantised weight
 
@@ -39,50 +40,61 @@ def dequantise(weight: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tens
     return dequantise_fp4(weight, scale, dtype)
 
 
-@cache
-def rows_are_independent(dtype: torch.dtype, threads: int) -> bool:
-    """Whether products over 16, 48, ... 1024 rows give each row the same bits, on this machine.
-
-    Args:
-        dtype: of the factors.
-        threads: of torch; the library may split rows among them.
-    """
+def _agrees(unit: int, dtype: torch.dtype) -> bool:
+    """Whether products over several multiples of `unit` rows give each row the same bits, wherever it stands."""
     generator = torch.Generator().manual_seed(0)
-    with torch.inference_mode(False), torch.no_grad():
-        for inner, outer in ((24, 61), (256, 96), (1024, 24), (128, 256), (1536, 300)):
-            x = torch.randn(1024, inner, generator=generator).to(dtype)
-            weight = torch.randn(outer, inner, generator=generator).to(dtype)
-            tiles = torch.cat([F.linear(part, weight) for part in x.split(ROWS)])
-            for rows in (48, 80, 256, 336, 1024):
-                if not torch.equal(F.linear(x[:rows].clone(), weight), tiles[:rows]):
-                    return False
+    for inner, outer in ((24, 61), (256, 96), (1024, 24), (128, 256), (512, 300)):
+        x = torch.randn(unit * 40, inner, generator=generator).to(dtype)
+        weight = torch.randn(outer, inner, generator=generator).to(dtype)
+        want = F.linear(x, weight)
+        for units in (1, 2, 3, 5, 17):
+            rows = x[: unit * units].clone()
+            if not torch.equal(F.linear(rows, weight), want[: unit * units]):
+                return False
+            if not torch.equal(F.linear(rows.roll(1, 0), weight).roll(-1, 0), want[: unit * units]):
+                return False
     return True
 
 
-def _product(x_RI: Tensor, weight_OI: Tensor) -> Tensor:
-    """The product of a multiple of 16 rows.
+@cache
+def _unit(dtype: torch.dtype, threads: int) -> tuple[int, bool]:
+    """The smallest unit that agrees, and whether one does; torch may split rows among its threads."""
+    with torch.inference_mode(False), torch.no_grad():
+        found = next((unit for unit in UNITS if _agrees(unit, dtype)), None)
+    return found or UNITS[1], found is not None
 
-    Fewer than 16 outputs, and an odd number of inputs, are computed by library paths in which the bits of a row
-    depend on its place; zeros lead around them.
+
+def row_unit(dtype: torch.dtype) -> int:
+    """Rows of which every product is a multiple on this machine; `dtype` is that of the factors."""
+    return _unit(dtype, torch.get_num_threads())[0]
+
+
+def _product(x_RI: Tensor, weight_OI: Tensor) -> Tensor:
+    """The product of a multiple of `row_unit` rows.
+
+    A few outputs, and an odd number of inputs, are computed by library paths in which the bits of a row depend
+    on its place; zeros lead around them.
     """
     outputs, odd = weight_OI.shape[0], weight_OI.shape[1] % 2
-    if outputs < ROWS or odd:
-        weight_OI = F.pad(weight_OI, (0, odd, 0, max(ROWS - outputs, 0)))
+    if outputs < NARROW or odd:
+        weight_OI = F.pad(weight_OI, (0, odd, 0, max(NARROW - outputs, 0)))
         x_RI = F.pad(x_RI, (0, odd)) if odd else x_RI
-    if x_RI.device.type != "cpu" or rows_are_independent(x_RI.dtype, torch.get_num_threads()):
+    unit, agrees = _unit(x_RI.dtype, torch.get_num_threads())
+    if agrees or x_RI.device.type != "cpu":
         y_RO = F.linear(x_RI, weight_OI)
     else:
-        y_RO = torch.cat([F.linear(part, weight_OI) for part in x_RI.split(ROWS)])
-    return y_RO[:, :outputs].contiguous() if outputs < ROWS else y_RO
+        y_RO = torch.cat([F.linear(part, weight_OI) for part in x_RI.split(unit)])
+    return y_RO[:, :outputs].contiguous() if outputs < NARROW else y_RO
 
 
 def linear(x: Tensor, weight: Tensor, scale: Tensor | None = None) -> Tensor:
     """x [..., I] times the transpose of a stored weight [O, I], in the dtype of `x`."""
-    rows, columns = x.numel() // x.shape[-1], x.shape[-1]
-    flat = x.reshape(rows, columns) if x.dim() != 2 else x
-    if rows % ROWS:
-        flat = F.pad(flat, (0, 0, 0, -rows % ROWS))
-    out_features = weight.shape[0]
+    out_features, columns = weight.shape[0], x.shape[-1]
+    flat = x if x.dim() == 2 else x.reshape(-1, columns)
+    rows = flat.shape[0]
+    spare = -rows % row_unit(x.dtype)
+    if spare:
+        flat = F.pad(flat, (0, 0, 0, spare))
     if scale is None:
         y = _product(flat, weight if weight.dtype == x.dtype else weight.to(x.dtype))
     elif out_features * columns <= BAND_ELEMENTS:
@@ -92,4 +104,6 @@ def linear(x: Tensor, weight: Tensor, scale: Tensor | None = None) -> Tensor:
         scale_band = band // ROW_BLOCK if weight.dtype == torch.float8_e4m3fn else band
         parts = zip(weight.split(band), scale.split(scale_band), strict=True)
         y = torch.cat([_product(flat, dequantise(w, s, x.dtype)) for w, s in parts], dim=-1)
-    return (y[:rows] if rows % ROWS else y).view(*x.shape[:-1], out_features)
+    if spare:
+        y = y[:rows]
+    return y if x.dim() == 2 else y.view(*x.shape[:-1], out_features)

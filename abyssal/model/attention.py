@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from abyssal.arch.config import ModelConfig
 from abyssal.kernels import attention
-from abyssal.kernels.linear import ROWS
 from abyssal.kernels.rms_norm import rms_norm
 from abyssal.kernels.rotary import rotate_tail
 from abyssal.kvcache.memory import CompressedMemory, LayerMemory
@@ -125,7 +124,7 @@ class Attention(nn.Module):
         """Window entries and chosen entries (CSA), or the window alone, gathered for each query; [A, H, C]."""
         plan = batch.window
         width = plan.index.shape[1] + (far[0].shape[1] if far is not None else 0)
-        step = max(KEYS_OF_A_STEP // (width * near_KC.shape[1]) // ROWS, 1) * ROWS
+        step = max(KEYS_OF_A_STEP // (width * near_KC.shape[1]) // batch.unit, 1) * batch.unit
         out = []
         for first in range(0, batch.attending, step):
             # a last query alone would be a batch of one
@@ -143,9 +142,9 @@ class Attention(nn.Module):
         """Window entries gathered for each query, then all entries of its sequence (HCA), tile by tile."""
         plan = batch.window
         per_query = plan.index.shape[1] * near_KC.shape[1]
-        # products over a multiple of 16 rows, gathered ones over two queries or more
+        # products over a multiple of the unit's rows, gathered ones over two queries or more
         heads = self.config.num_attention_heads
-        unit = next(n for n in range(2, 2 * ROWS + 1) if n * heads % ROWS == 0)
+        unit = next(n for n in range(2, 2 * batch.unit + 1) if n * heads % batch.unit == 0)
         out = []
         for group in batch.groups:
             step = max(KEYS_OF_A_STEP // (per_query * len(group.spans)) // unit, 1) * unit

@@ -2,7 +2,7 @@
 
 Tokens of all sequences lie one after another, [T, ...], without padding inside: padding would be pooled into
 compressed blocks and would shift their borders (architecture.md 2.9). Rows of nobody fill T up to a multiple
-of 16 at the end, because products over fewer rows add in another order (see `abyssal.kernels.linear`).
+of `row_unit` at the end, because products over fewer rows add in another order (see `abyssal.kernels.linear`).
 
 Index arrays are the same for all layers of a kind, so they are made once for a pass.
 """
@@ -20,9 +20,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from abyssal.arch.schedule import LayerKind
-from abyssal.kernels.linear import ROWS
+from abyssal.kernels.linear import row_unit
 from abyssal.kvcache.memory import Memory
 from abyssal.kvcache.sequence import SequenceCache, history
+from abyssal.quant.precision import wide_dtype
 
 
 @dataclass(frozen=True)
@@ -128,7 +129,8 @@ class Batch:
     Attributes:
         spans: where each sequence's tokens lie.
         count: tokens.
-        padded: rows of the packed tensors, the next multiple of 16.
+        padded: rows of the packed tensors, the next multiple of `unit`.
+        unit: rows of which products are a multiple.
         positions: [padded], 0 for rows of nobody.
     """
 
@@ -142,7 +144,9 @@ class Batch:
             first += length
         self.memory: Memory = caches[0].memory
         self.count = first
-        self.padded = -(-first // ROWS) * ROWS
+        dtype = self.memory.dtype
+        self.unit = max(row_unit(dtype), row_unit(wide_dtype(dtype)))
+        self.padded = -(-first // self.unit) * self.unit
         # a product over a batch of one takes another path
         self.attending = max(first, 2)
         self._positions = np.zeros(self.padded, np.int64)

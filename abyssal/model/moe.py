@@ -74,27 +74,28 @@ class Experts(nn.Module):
         scale = getattr(self, f"{name}_scale")
         return getattr(self, name)[number], None if scale is None else scale[number]
 
-    def forward(self, x_TD: Tensor, weights_TK: Tensor, chosen_TK: Tensor) -> Tensor:
-        """Weighted sum of each token's experts, [T, D] in float32 (float64 for float64)."""
-        tokens, K = chosen_TK.shape
+    def forward(self, x_TD: Tensor, weights_TK: Tensor, chosen_TK: Tensor, count: int) -> Tensor:
+        """Weighted sum of each token's experts, [count, D] in float32 (float64 for float64)."""
         if self.numerics.activations:
             x_TD = fake_fp8(x_TD, ACTIVATION_BLOCK)
-        if tokens == 1:  # nothing to sort into groups
+        if count == 1:  # nothing to sort into groups; the rows of nobody fill the products
             pairs = sorted((number, place) for place, number in enumerate(chosen_TK[0].tolist()))
-            parts = [self._one(number, x_TD, weights_TK[:, place]) for number, place in pairs]
+            parts = [self._one(number, x_TD, weights_TK[:1, place])[:1] for number, place in pairs]
             return functools.reduce(torch.add, parts)
+        x_TD, weights_TK, chosen_TK = x_TD[:count], weights_TK[:count], chosen_TK[:count]
+        K = chosen_TK.shape[1]
         by_expert = chosen_TK.flatten().sort(stable=True)
         rows = by_expert.indices // K
         gains = weights_TK.flatten()[by_expert.indices]
         counts = torch.bincount(by_expert.values, minlength=self.config.n_routed_experts).tolist()
         parts, first = [], 0
-        for number, count in enumerate(counts):
-            if count:
-                part = slice(first, first + count)
+        for number, size in enumerate(counts):
+            if size:
+                part = slice(first, first + size)
                 parts.append(self._one(number, x_TD[rows[part]], gains[part]))
-                first += count
+                first += size
         # every token adds its experts in rising order, whatever else is in the batch
-        total = wide(x_TD).new_zeros(tokens, x_TD.shape[1])
+        total = wide(x_TD).new_zeros(count, x_TD.shape[1])
         return total.index_add(0, rows, torch.cat(parts))
 
     def _one(self, number: int, x: Tensor, gain: Tensor) -> Tensor:
@@ -138,5 +139,5 @@ class MoE(nn.Module):
         """
         weights_TK, chosen_TK = self.gate.route(x_TD, ids_T)
         y_TD = wide(self.shared_experts(x_TD))
-        routed = self.experts(x_TD[:count], weights_TK[:count], chosen_TK[:count])
+        routed = self.experts(x_TD, weights_TK, chosen_TK, count)
         return torch.cat([routed + y_TD[:count], y_TD[count:]]).to(x_TD.dtype)

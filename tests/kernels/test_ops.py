@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from abyssal.arch.presets import preset
 from abyssal.kernels.attention import Attention, attend_reference
 from abyssal.kernels.index_topk import TILE, choose, choose_reference, index_scores
-from abyssal.kernels.linear import BAND_ELEMENTS, ROWS, dequantise, linear
+from abyssal.kernels.linear import BAND_ELEMENTS, dequantise, linear
 from abyssal.kernels.pool import pool
 from abyssal.kernels.rms_norm import rms_norm
 from abyssal.kernels.rotary import rotate_tail, rotations
@@ -233,10 +233,10 @@ def test_a_row_does_not_depend_on_its_neighbours(rows: int, inner: int, outer: i
     assert torch.equal(linear(x.flip(0), weight).flip(0), many)
 
 
-def test_sixteen_rows_at_a_time_where_the_library_mixes_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_unit_at_a_time_where_the_library_mixes_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     x, weight = torch.randn(100, 40), torch.randn(30, 40)
-    want = torch.cat([torch.nn.functional.linear(p, weight) for p in torch.cat([x, torch.zeros(12, 40)]).split(ROWS)])
-    monkeypatch.setattr("abyssal.kernels.linear.rows_are_independent", lambda *_: False)
+    want = torch.cat([torch.nn.functional.linear(p, weight) for p in torch.cat([x, torch.zeros(12, 40)]).split(16)])
+    monkeypatch.setattr("abyssal.kernels.linear._unit", lambda *_: (16, False))
     assert torch.equal(linear(x, weight), want[:100])
 
 
