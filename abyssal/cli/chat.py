@@ -22,6 +22,7 @@ def chat(
     """
     from abyssal.encoding.literals import BOS, EOS
     from abyssal.encoding.tokenizer import Piece
+    from abyssal.engine.request import Request
     from abyssal.engine.sampler import Sampling
 
     sampling = Sampling(temperature=temperature, top_p=top_p)
@@ -37,12 +38,14 @@ def chat(
         if not text.strip():
             return
         prompt = tokenizer.encode_pieces([Piece(BOS, special=True), Piece(text)])
-        _, stream = engine.start(prompt, max_tokens=max_tokens, sampling=sampling, stop=[end])
+        request = Request(prompt=tuple(prompt), max_tokens=max_tokens, sampling=sampling, stop=(end,))
+        _, events = engine.stream(request)
         decoder = tokenizer.stream()
         print(text, end="", flush=True)
         try:
-            for token in stream:
-                print(decoder.add(token), end="", flush=True)
+            for event in events:
+                if event.token is not None:
+                    print(decoder.add(event.token), end="", flush=True)
             print(decoder.finish(), end="")
         except KeyboardInterrupt:  # stops the answer, not the conversation
             pass

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,9 +15,12 @@ if TYPE_CHECKING:
     import torch
 
     from abyssal.encoding.tokenizer import Tokenizer
+    from abyssal.engine.disk_cache import DiskCache
     from abyssal.engine.engine import Engine
+    from abyssal.engine.prefix_cache import Policy
     from abyssal.quant.numerics import Numerics
 
+DISK_BYTES = 16 << 30
 BUNDLED = "nano"
 
 
@@ -57,20 +61,52 @@ def config_of(name: str) -> ModelConfig:
     raise InputError(f"{name} is no folder, file or preset: presets are {', '.join(PRESETS)}")
 
 
-def open_model(name: str) -> tuple[Tokenizer, Engine]:
+def home() -> Path:
+    """Where caches lie: ABYSSAL_HOME, else the platform's cache folder."""
+    given = os.environ.get("ABYSSAL_HOME")
+    if given:
+        return Path(given)
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "abyssal"
+
+
+def open_disk_cache() -> DiskCache:
+    """The prefix cache on disk, at most a tenth of what is free there."""
+    from abyssal.engine.disk_cache import DiskCache
+
+    folder = home() / "prefix"
+    existing = next(path for path in [folder, *folder.parents] if path.exists())
+    return DiskCache(folder, min(DISK_BYTES, this_machine(existing).disk_free // 10))
+
+
+def open_model(
+    name: str, *, cache_bytes: int | None = None, disk: bool = True, policy: Policy = "periodic", mode: str = "exact"
+) -> tuple[Tokenizer, Engine]:
     """A release in memory: as float32 where that fits, else with FP4 and FP8 weights as stored.
+
+    Args:
+        name: a folder, or the bundled model.
+        cache_bytes: for the cache of all requests; by default half of what is free.
+        disk: whether prefixes are kept on disk too.
+        policy: where window entries are kept.
+        mode: numerics.
 
     Raises:
         InputError: there is no such folder, or not even the stored weights fit.
         CheckpointError, ConfigError: the release is wrong.
     """
     from abyssal.arch.tensors import parameters, totals
+    from abyssal.checkpoint.identity import identity_of
     from abyssal.checkpoint.load import load_model
     from abyssal.checkpoint.release import Release
+    from abyssal.encoding.literals import EOS
     from abyssal.encoding.tokenizer import Tokenizer
     from abyssal.engine.engine import Engine
+    from abyssal.engine.grammar import GrammarCompiler
+    from abyssal.engine.prefix_cache import PrefixCache
 
     folder = folder_of(name)
+    _, numerics = dtype_and_numerics("float32", mode)
     tokenizer = Tokenizer(folder)
     release = Release(folder)
     specs = release.specs.values()
@@ -81,8 +117,16 @@ def open_model(name: str) -> tuple[Tokenizer, Engine]:
             f"{name} holds {stored / 2**30:.1f} GiB of weights, {room / 2**30:.1f} GiB of memory are free:"
             " use `abyssal logits --max-memory`, which reads them layer by layer"
         )
-    model = load_model(release, keep_quantised=4 * parameters(specs) > room)
-    return tokenizer, Engine(model)
+    model = load_model(release, numerics=numerics, keep_quantised=4 * parameters(specs) > room)
+    cache = open_disk_cache() if disk else None
+    engine = Engine(
+        model,
+        budget=cache_bytes,
+        prefix=lambda memory: PrefixCache(memory, identity_of(folder), policy=policy, disk=cache),
+        grammars=lambda: GrammarCompiler(folder / "tokenizer.json", model.config.vocab_size, tokenizer.special(EOS)),
+        token_bytes=tokenizer.token_bytes,
+    )
+    return tokenizer, engine
 
 
 def dtype_and_numerics(dtype: str, mode: str) -> tuple[torch.dtype, Numerics]:

@@ -18,6 +18,17 @@ from abyssal.base.errors import CheckpointError, TokenError
 REPLACEMENT = "\ufffd"
 
 
+def _byte_letters() -> dict[str, int]:
+    """The letters by which byte-level vocabularies write bytes: printable ones stand for themselves."""
+    plain = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    letters = {chr(byte): byte for byte in plain}
+    others = (byte for byte in range(256) if byte not in plain)
+    return letters | {chr(256 + i): byte for i, byte in enumerate(others)}
+
+
+_BYTE_OF = _byte_letters()
+
+
 @dataclass(frozen=True)
 class Piece:
     """A stretch of a prompt: text, or one special token."""
@@ -49,6 +60,7 @@ class Tokenizer:
             raise CheckpointError(f"{path} is not a tokenizer ({error}): fetch it again") from None
         self._tokenizer.encode_special_tokens = True  # special strings in text are text
         self._special = {token.content: number for number, token in self._tokenizer.get_added_tokens_decoder().items()}
+        self._special_ids = frozenset(self._special.values())
 
     @property
     def vocab_size(self) -> int:
@@ -98,6 +110,19 @@ class Tokenizer:
             if not 0 <= token < size:
                 raise TokenError(f"token id {token} is outside the vocabulary: use 0..{size - 1}")
         return str(self._tokenizer.decode(list(ids), skip_special_tokens=not keep_special))
+
+    def token_bytes(self, token: int) -> bytes:
+        """The bytes that an id stands for; those of a character may be spread over several ids.
+
+        Raises:
+            TokenError: an id has no text.
+        """
+        text = self._tokenizer.id_to_token(token)
+        if text is None:
+            raise TokenError(f"token id {token} is outside the vocabulary: use 0..{self.vocab_size - 1}")
+        if token in self._special_ids:
+            return str(text).encode()
+        return bytes(_BYTE_OF[c] for c in text) if all(c in _BYTE_OF for c in text) else str(text).encode()
 
     def stream(self, *, keep_special: bool = False) -> TextStream:
         """A decoder for ids that arrive one by one."""

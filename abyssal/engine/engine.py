@@ -1,107 +1,511 @@
-"""Generate tokens with a model that lies in memory: prefill in chunks, then one token after another."""
+"""Many requests at once over one model: admission, steps, events.
+
+A step takes the plan of the scheduler, runs one pass and turns its logits into tokens. Memory is bounded: a
+request that could never fit is refused when it comes, one that does not fit now waits, and if answers outgrow
+the memory, the youngest gives its pages back and is read again later. The tokens of a request do not depend
+on any of this.
+"""
 
 from __future__ import annotations
 
+import itertools
 import time
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
 
-import torch
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
 
-from abyssal.base.errors import InputError, TokenError
-from abyssal.base.progress import Progress
-from abyssal.engine.sampler import Sampler, Sampling
+from abyssal.base.errors import CapacityError, InputError, TokenError
+from abyssal.base.machine import this_machine
+from abyssal.engine import speculative
+from abyssal.engine.answer import Running
+from abyssal.engine.grammar import GrammarCompiler
+from abyssal.engine.prefix_cache import PrefixCache
+from abyssal.engine.request import Answer, Event, PrefixUse, Request
+from abyssal.engine.runner import Runner
+from abyssal.engine.sampler import Sampler
+from abyssal.engine.scheduler import Job, Work, plan
+from abyssal.engine.stop import StopStrings
+from abyssal.kvcache.memory import Memory
+from abyssal.kvcache.sequence import SequenceCache
 from abyssal.model import Transformer
 
-PREFILL_CHUNK = 1024  # tokens of a prompt that pass at once
+STEP_TOKENS = 1024
+SLOTS = 64
+SHARE_OF_FREE = 0.5  # of the free memory, for the cache, unless a budget is given
+TINY = 1e-9
 
 
 @dataclass
-class Completion:
-    """What a request gave, and what it cost; filled while tokens arrive.
+class Record:
+    """What a request cost and gave; filled while it runs.
 
     Attributes:
-        tokens: generated ids, the stop token among them.
-        logprobs: their log-probabilities under the model.
-        finish_reason: "stop" after a stop token, "length" at a limit; None while it runs.
-        prefill_s, decode_s: seconds spent on the prompt and on the tokens after the first.
+        prompt_tokens: length of the prompt.
+        prefix: what the prefix cache had of it.
+        read: tokens of the prompt that were reused or read so far.
+        answers: one for each choice.
+        queued_s, prefill_s: seconds until it was admitted, and from there to its first token.
+        decode_s: seconds from the first token to the last.
+        drafted, accepted: tokens that the MTP block drafted, and how many of them stood.
+        preempted: how often it gave its memory back and was read again.
     """
 
     prompt_tokens: int
-    tokens: list[int] = field(default_factory=list)
-    logprobs: list[float] = field(default_factory=list)
-    finish_reason: Literal["stop", "length"] | None = None
+    answers: list[Answer]
+    prefix: PrefixUse = field(default_factory=PrefixUse)
+    read: int = 0
+    queued_s: float = 0.0
     prefill_s: float = 0.0
     decode_s: float = 0.0
+    drafted: int = 0
+    accepted: int = 0
+    preempted: int = 0
+    began: float = field(default_factory=time.monotonic)
+    admitted: float | None = None
+    first_token: float | None = None
 
     @property
     def prefill_tokens_per_s(self) -> float:
-        """Speed of the prompt."""
-        return self.prompt_tokens / self.prefill_s if self.prefill_s else 0.0
+        """Speed of the part of the prompt that was not reused."""
+        return (self.prompt_tokens - self.prefix.hit + self.prefix.recomputed) / max(self.prefill_s, TINY)
 
     @property
     def decode_tokens_per_s(self) -> float:
-        """Speed after the first token; 0 if there was only one."""
-        return (len(self.tokens) - 1) / self.decode_s if self.decode_s else 0.0
+        """Speed of the tokens after the first, over all choices; 0 if there is only one."""
+        count = sum(len(answer.tokens) for answer in self.answers) - len(self.answers)
+        return count / self.decode_s if self.decode_s else 0.0
 
 
 class Engine:
-    """One request at a time over one model."""
+    """Requests in, events out. Not thread-safe: one thread adds, steps and cancels.
 
-    def __init__(self, model: Transformer):
+    Args:
+        model: the model, in memory.
+        budget: bytes for pages and slots; by default half of the free memory.
+        slots: sequences that may run at once.
+        step_tokens: tokens of a step, over all requests.
+        prefix: makes the prefix cache over the engine's memory, or None for no reuse.
+        grammars: makes the compiler of grammars, when the first one comes; None if requests may have none.
+        token_bytes: bytes of a token, which stop strings need.
+
+    Raises:
+        InputError: the budget holds not even one slot and one page.
+    """
+
+    def __init__(
+        self,
+        model: Transformer,
+        *,
+        budget: int | None = None,
+        slots: int = SLOTS,
+        step_tokens: int = STEP_TOKENS,
+        prefix: Callable[[Memory], PrefixCache] | None = None,
+        grammars: Callable[[], GrammarCompiler] | None = None,
+        token_bytes: Callable[[int], bytes] | None = None,
+    ):
         self.model = model
+        self.runner = Runner(model)
+        self.step_tokens = step_tokens
+        self.memory = self._memory(budget, slots)
+        self.prefix = prefix(self.memory) if prefix is not None else None
+        self.records: dict[int, Record] = {}
+        self._make_grammars = grammars
+        self._grammars: GrammarCompiler | None = None
+        self._token_bytes = token_bytes
+        self._numbers = itertools.count()
+        self._arrivals = itertools.count()
+        self._waiting: deque[Running] = deque()
+        self._running: dict[int, Running] = {}
+        self._steps = 0
 
-    def start(
-        self, prompt: Sequence[int], *, max_tokens: int, sampling: Sampling | None = None, stop: Sequence[int] = ()
-    ) -> tuple[Completion, Iterator[int]]:
-        """Check a request and return its record and the iterator that generates its tokens.
+    def _memory(self, budget: int | None, slots: int) -> Memory:
+        if budget is None:
+            budget = int(this_machine().memory_available * SHARE_OF_FREE)
+        tiny = self.model.new_memory(pages=0, slots=0)
+        pages = (budget - slots * tiny.slot_bytes) // max(tiny.page_bytes, 1)
+        if pages < 1:
+            need = slots * tiny.slot_bytes + tiny.page_bytes
+            raise InputError(
+                f"a cache of {budget / 1e9:.3f} GB holds no page beside {slots} slots:"
+                f" give at least {need / 1e9:.3f} GB, or fewer slots"
+            )
+        # no sequence needs more than the context, and pages without bytes (window-only models) cost nothing
+        most = slots * tiny.pages_for(self.model.config.max_position_embeddings)
+        return self.model.new_memory(pages=min(pages, most), slots=slots)
 
-        Args:
-            prompt: token ids.
-            max_tokens: most tokens to generate; cut to what the context leaves.
-            stop: ids that end the answer.
+    # requests
+
+    def add(self, request: Request) -> int:
+        """Check a request and queue it; returns its number.
+
         Raises:
             TokenError: the prompt is empty, too long, or has ids outside the vocabulary.
-            InputError: `max_tokens` is not positive.
+            InputError: something else cannot be done: grammar, stop strings, drafts.
+            CapacityError: it needs more memory than there is at all.
         """
-        limit = self.model.config.max_position_embeddings
+        context, vocabulary = self.model.config.max_position_embeddings, self.model.config.vocab_size
+        prompt = request.prompt
         if not prompt:
             raise TokenError("the prompt is empty: give at least one token")
-        if len(prompt) >= limit:
-            raise TokenError(f"the prompt has {len(prompt)} tokens, the context holds {limit}: shorten it")
-        if max_tokens < 1:
-            raise InputError(f"max_tokens is {max_tokens}: give at least 1")
-        bad = next((t for t in prompt if not 0 <= t < self.model.config.vocab_size), None)
-        if bad is not None:
-            top = self.model.config.vocab_size - 1
-            raise TokenError(f"token id {bad} is outside the vocabulary: use 0..{top}")
-        record = Completion(len(prompt))
-        count = min(max_tokens, limit - len(prompt))
-        return record, self._tokens(record, prompt, count, Sampler(sampling or Sampling()), frozenset(stop))
+        if len(prompt) >= context:
+            raise TokenError(f"the prompt has {len(prompt)} tokens, the context holds {context}: shorten it")
+        for name, ids in (("token", prompt), ("stop token", request.stop), ("biased", request.sampling.logit_bias)):
+            bad = next((t for t in ids if not 0 <= t < vocabulary), None)
+            if bad is not None:
+                raise TokenError(f"{name} id {bad} is outside the vocabulary: use 0..{vocabulary - 1}")
+        if request.drafts and not self.model.mtp:
+            raise InputError("this model has no MTP block: ask for 0 drafts")
+        if request.stop_strings and self._token_bytes is None:
+            raise InputError("stop strings need a tokenizer: give the engine token_bytes, or use stop tokens")
+        matcher = None
+        if request.grammar is not None:
+            if self._grammars is None:
+                if self._make_grammars is None:
+                    raise InputError("a grammar needs a tokenizer: give the engine a grammar compiler")
+                self._grammars = self._make_grammars()
+            matcher = self._grammars.start(request.grammar)
+        limit = min(len(prompt) + request.max_tokens, context)
+        self._check_size(request, limit)
+        number = next(self._numbers)
+        runs = []
+        for choice in range(request.n):
+            stops = StopStrings(request.stop_strings, self._token_bytes) if self._token_bytes else None
+            run = Running(
+                next(self._arrivals), number, choice, request, list(prompt), limit,
+                Sampler(request.sampling, choice), stops if request.stop_strings else None,
+            )  # fmt: skip
+            run.arrived = run.number
+            if matcher is not None and not request.grammar_after:
+                run.matcher = matcher.copy()
+            runs.append(run)
+        runs[0].siblings = runs[1:]
+        self.records[number] = Record(len(prompt), [Answer() for _ in runs])
+        self._waiting.append(runs[0])
+        return number
 
-    def _tokens(
-        self, record: Completion, prompt: Sequence[int], count: int, sampler: Sampler, stop: frozenset[int]
-    ) -> Iterator[int]:
-        cache = self.model.new_cache()
-        begin = time.monotonic()
-        ids = torch.tensor(prompt, dtype=torch.long)
-        with torch.inference_mode(), Progress(len(prompt), "tokens", "reading the prompt") as progress:
-            for part in ids.split(PREFILL_CHUNK):
-                z_TD = self.model.run(part, [cache]).z_TD[-1]
-                progress.advance(len(part))
-        record.prefill_s = time.monotonic() - begin
-        while True:
-            with torch.inference_mode():  # left at every yield: the caller's code is not ours to mark
-                token, logprob = sampler.draw(self.model.logits(z_TD))
-            record.tokens.append(token)
-            record.logprobs.append(logprob)
-            if token in stop or len(record.tokens) == count:
-                record.finish_reason = "stop" if token in stop else "length"
-            yield token
-            if record.finish_reason is not None:
+    def _check_size(self, request: Request, limit: int) -> None:
+        memory = self.memory
+        shared = len(request.prompt) // memory.page_tokens
+        pages = shared + request.n * (memory.pages_for(limit) - shared)
+        have = memory.pages.count
+        if pages > have or request.n > memory.slots.count:
+            need = pages * memory.page_bytes + request.n * memory.slot_bytes
+            room = have * memory.page_bytes + memory.slots.count * memory.slot_bytes
+            raise CapacityError(
+                f"{len(request.prompt)} tokens and {request.n} answers up to {limit} tokens need {need / 1e9:.3f} GB"
+                f" of cache in {request.n} slots, there are {room / 1e9:.3f} GB in {memory.slots.count} slots:"
+                " give the engine a larger budget, or shorten the request"
+            )
+
+    def cancel(self, number: int) -> list[Event]:
+        """End a request now and free what it holds; its last events. An unknown or finished number is ignored."""
+        runs = [run for run in [*self._waiting, *self._running.values()] if run.request_number == number]
+        events = []
+        for run in runs:
+            for sibling in [run, *run.siblings]:
+                events.append(self._end(sibling, Event(number, sibling.choice, None, finish="cancelled")))
+        return events
+
+    @property
+    def busy(self) -> bool:
+        """Whether any request is left."""
+        return bool(self._waiting or self._running)
+
+    @property
+    def waiting(self) -> int:
+        """Answers that wait for memory."""
+        return len(self._waiting)
+
+    def forget(self, number: int) -> Record:
+        """Take a finished request's record out."""
+        return self.records.pop(number)
+
+    def stream(self, request: Request, progress: Callable[[int], None] | None = None) -> tuple[int, Iterator[Event]]:
+        """Add a request and step until it ends; leaving the iterator cancels it.
+
+        Args:
+            progress: called with the tokens of the prompt that are read so far.
+        Raises:
+            as `add`.
+        """
+        number = self.add(request)
+        return number, self._stream(number, progress)
+
+    def _stream(self, number: int, progress: Callable[[int], None] | None) -> Iterator[Event]:
+        record = self.records[number]
+        try:
+            while any(answer.finish_reason is None for answer in record.answers):
+                events = self.step()
+                if progress is not None and record.first_token is None:
+                    progress(record.read)
+                yield from (event for event in events if event.request == number)
+        finally:
+            self.cancel(number)
+
+    # steps
+
+    def step(self) -> list[Event]:
+        """One pass over what the scheduler plans; the tokens that it gave."""
+        self._steps += 1
+        self._admit()
+        jobs = [self._job(run) for run in self._running.values()]
+        works = plan(jobs, self.step_tokens, self.step_tokens)
+        drafts = self._drafts(works)
+        works = self._reserved(works, drafts)
+        if not works:
+            return []
+        runs = [self._running[work.number] for work in works]
+        caches = [run.cache for run in runs if run.cache is not None]
+        ids = []
+        for run, work, cache in zip(runs, works, caches, strict=True):
+            run.served = self._steps
+            ids.append([*run.tokens[cache.position : cache.position + work.tokens], *drafts.get(run.number, [])])
+        output = self.runner.run(caches, ids)
+        return self._after(runs, ids, output.z_TD, output.streams_TND)
+
+    def _job(self, run: Running) -> Job:
+        assert run.cache is not None
+        most = run.left
+        if self.prefix is not None and run.left > 1:
+            most = max(self.prefix.stop_before(run.cache.position, len(run.tokens)) - run.cache.position, 1)
+        return Job(run.number, run.left, most, self._wanted_drafts(run), run.served)
+
+    @staticmethod
+    def _wanted_drafts(run: Running) -> int:
+        if run.matcher is not None or run.streams_TND is None or not run.answer:
+            return 0
+        return min(run.request.drafts, run.limit - len(run.tokens) - 1)
+
+    def _drafts(self, works: Sequence[Work]) -> dict[int, list[int]]:
+        drafting = [work for work in works if work.drafts > 0]
+        if not drafting:
+            return {}
+        runs = [self._running[work.number] for work in drafting]
+        found = speculative.propose(self.runner, runs, [work.drafts for work in drafting])
+        for run, tokens in zip(runs, found, strict=True):
+            self.records[run.request_number].drafted += len(tokens)
+        return {run.number: tokens for run, tokens in zip(runs, found, strict=True)}
+
+    def _after(
+        self, runs: Sequence[Running], ids: Sequence[Sequence[int]], z_TD: Tensor, streams_TND: Tensor
+    ) -> list[Event]:
+        """Turn the results of a pass into tokens."""
+        events: list[Event] = []
+        rows: list[int] = []
+        begins: dict[int, int] = {}
+        first = 0
+        for run, tokens in zip(runs, ids, strict=True):
+            assert run.cache is not None
+            if run.request.drafts and self.model.mtp:
+                window = self.model.config.sliding_window
+                streams = streams_TND[first : first + len(tokens)]
+                speculative.remember_streams(run, streams, run.cache.position, window)
+            extra = run.cache.position - len(run.tokens)
+            if extra >= 0:  # every known token is read: the rows of the last one and of the drafts count
+                begins[run.number] = len(rows)
+                rows += range(first + len(tokens) - 1 - extra, first + len(tokens))
+            first += len(tokens)
+            self._note_prompt(run)
+        logits = self.runner.logits(z_TD[rows]) if rows else np.zeros((0, 0))
+        for run, tokens in zip(runs, ids, strict=True):
+            if run.number in begins:
+                begin = begins[run.number]
+                extra = (run.cache.position if run.cache is not None else 0) - len(run.tokens)
+                drafted = list(tokens[len(tokens) - extra :]) if extra else []
+                for sibling in self._split(run):
+                    events += self._choose(sibling, logits[begin : begin + extra + 1], drafted)
+        return events
+
+    def _note_prompt(self, run: Running) -> None:
+        """Keep what is complete in the prefix cache."""
+        assert run.cache is not None
+        record = self.records[run.request_number]
+        record.read = max(record.read, min(run.cache.position, record.prompt_tokens))
+        sure = min(run.cache.position, len(run.tokens))
+        if self.prefix is not None and sure // self.memory.page_tokens > 0 and not run.cache.since:
+            before = run.cache.known
+            if sure // self.memory.page_tokens > before // self.memory.page_tokens:
+                self.prefix.insert(run.cache, run.tokens[:sure])
+                run.cache.known = sure // self.memory.page_tokens * self.memory.page_tokens
+            if self.prefix.wants_rings(run.cache.known, len(run.request.prompt)):
+                self.prefix.keep_rings(run.cache, run.tokens[:sure])
+
+    def _split(self, run: Running) -> list[Running]:
+        """The answer and, after its prompt is read, its siblings, which share what was read."""
+        siblings, run.siblings = run.siblings, []
+        for sibling in siblings:
+            assert run.cache is not None
+            sibling.cache = run.cache.fork()
+            sibling.mtp_position, sibling.mtp_since = run.mtp_position, run.mtp_since
+            sibling.streams_TND = run.streams_TND
+            self._running[sibling.number] = sibling
+        return [run, *siblings]
+
+    def _choose(self, run: Running, logits_RV: NDArray[np.float64], drafted: Sequence[int]) -> list[Event]:
+        """Draw the next tokens: one, and one more for every draft that stood."""
+        assert run.cache is not None
+        record = self.records[run.request_number]
+        now = time.monotonic()
+        if record.first_token is None:
+            record.first_token = now
+            record.prefill_s = now - (record.admitted or record.began)
+        record.decode_s = now - record.first_token
+        events: list[Event] = []
+        read = len(run.tokens)
+        for row, logits in enumerate(logits_RV):
+            if not np.isfinite(logits).all():
+                error = "the model gave logits that are not finite: its weights are damaged"
+                return [*events, self._end(run, Event(run.request_number, run.choice, None, finish="failed", error=error))]
+            event = self._token(run, logits)
+            events.append(event)
+            if event.finish is not None:
+                return events
+            if row < len(drafted):
+                if event.token != drafted[row]:
+                    break
+                read += 1
+                record.accepted += 1
+        # drafts that did not stand are forgotten; the MTP block goes on behind those that did
+        spare = run.cache.position - read
+        if spare:
+            run.cache.rewind(read)
+            if run.streams_TND is not None:
+                run.streams_TND = run.streams_TND[:-spare]
+        return events
+
+    def _token(self, run: Running, logits: NDArray[np.float64]) -> Event:
+        request = run.request
+        allowed = run.matcher.allowed() if run.matcher is not None else None
+        answer = run.answer
+        token = run.sampler.draw(logits, len(answer), request.prompt, answer, allowed)
+        shifted = logits - logits.max()
+        logprobs = shifted - np.log(np.exp(shifted).sum())
+        run.tokens.append(token)
+        finish = None
+        if token in request.stop or (run.stops is not None and run.stops.add(token)):
+            finish = "stop"
+        self._advance_grammar(run, token)
+        if finish is None and run.matcher is not None and run.matcher.complete:
+            finish = "stop"
+        if finish is None and len(run.tokens) >= run.limit:
+            finish = "length"
+        if finish is not None and run.stops is not None and run.stops.found is None:
+            run.stops.finish()
+        event = Event(
+            run.request_number,
+            run.choice,
+            token,
+            float(logprobs[token]),
+            _likeliest(logprobs, request.top_logprobs),
+            finish,  # type: ignore[arg-type]
+            run.stops.settled if run.stops is not None else None,
+        )
+        if finish is not None:
+            return self._end(run, event)
+        self.records[run.request_number].answers[run.choice].add(event)
+        return event
+
+    def _advance_grammar(self, run: Running, token: int) -> None:
+        request = run.request
+        if run.matcher is not None:
+            run.matcher.accept(token)
+        elif request.grammar is not None and request.grammar_after and self._grammars is not None:
+            after = request.grammar_after
+            if tuple(run.answer[-len(after) :]) == after:
+                run.matcher = self._grammars.start(request.grammar)
+
+    def _end(self, run: Running, event: Event) -> Event:
+        """Free what an answer holds."""
+        if run.cache is not None:
+            if self.prefix is not None and event.finish in ("stop", "length") and not run.cache.since:
+                # the last token was not read, or as a draft, which is as good as not
+                self.prefix.insert(run.cache, run.tokens[: min(run.cache.position, len(run.tokens) - 1)])
+            run.cache.release()
+            run.cache = None
+        run.streams_TND = None
+        self._running.pop(run.number, None)
+        if run in self._waiting:
+            self._waiting.remove(run)
+        self.records[run.request_number].answers[run.choice].add(event)
+        return event
+
+    # memory
+
+    def _admit(self) -> None:
+        """Let waiting answers in while there is memory for what they have to read and one page more."""
+        while self._waiting and self.memory.slots.free:
+            run = self._waiting[0]
+            pages = self.memory.pages_for(len(run.tokens)) + len(run.siblings) + 1
+            free = self.memory.pages.free
+            if self.prefix is not None and pages > free:
+                free += self.prefix.evictable
+            if pages > free and self._running:
                 return
-            begin = time.monotonic()
-            with torch.inference_mode():
-                z_TD = self.model.run(torch.tensor([token]), [cache]).z_TD[-1]
-            record.decode_s += time.monotonic() - begin
+            cache = SequenceCache(self.memory)
+            record = self.records[run.request_number]
+            if self.prefix is not None:
+                use = self.prefix.attach(cache, run.tokens)
+                record.prefix = record.prefix if record.admitted is not None else use
+            missing = self.memory.pages_for(len(run.tokens)) - len(cache.pages)
+            if not self._make_room(missing):
+                cache.release()
+                return
+            self._waiting.popleft()
+            run.cache = cache
+            cache.extend(missing)
+            run.mtp_position = run.mtp_since = cache.position
+            self._running[run.number] = run
+            if record.admitted is None:
+                record.admitted = time.monotonic()
+                record.queued_s = record.admitted - record.began
+
+    def _make_room(self, pages: int) -> bool:
+        """Whether so many pages are free, after evicting from the prefix cache."""
+        missing = pages - self.memory.pages.free
+        if missing > 0 and self.prefix is not None:
+            self.prefix.evict(missing)
+        return pages <= self.memory.pages.free
+
+    def _reserved(self, works: list[Work], drafts: dict[int, list[int]]) -> list[Work]:
+        """The works whose pages are there; the youngest answers are put back if memory is short."""
+        done: list[Work] = []
+        for work in sorted(works, key=lambda work: self._running[work.number].arrived):
+            run = self._running.get(work.number)
+            while run is not None and run.cache is not None:
+                try:
+                    run.cache.reserve(work.tokens + len(drafts.get(work.number, [])))
+                    done.append(work)
+                    break
+                except CapacityError:
+                    if self.prefix is not None and self.prefix.evict(1):
+                        continue
+                    youngest = max(self._running.values(), key=lambda other: other.arrived)
+                    self._preempt(youngest)
+                    if youngest is run:
+                        break
+        kept = {work.number for work in done if work.number in self._running}
+        return [work for work in works if work.number in kept]
+
+    def _preempt(self, run: Running) -> None:
+        """Take an answer's memory; it is read again when there is room."""
+        assert run.cache is not None
+        run.cache.release()
+        run.cache = None
+        run.streams_TND = None
+        del self._running[run.number]
+        self._waiting.appendleft(run)
+        self.records[run.request_number].preempted += 1
+
+
+def _likeliest(logprobs: NDArray[np.float64], count: int) -> tuple[tuple[int, float], ...]:
+    if not count:
+        return ()
+    count = min(count, len(logprobs))
+    best = np.argpartition(-logprobs, count - 1)[:count]
+    best = best[np.lexsort((best, -logprobs[best]))]
+    return tuple((int(i), float(logprobs[i])) for i in best)
+

@@ -1,13 +1,22 @@
-"""Choose the next token from logits."""
+"""Choose the next token from logits.
+
+A choice depends on the logits, the seed and the place of the token in its answer, and on nothing else: the
+noise of each place is drawn from a counter-based generator. So an answer is the same whatever is computed
+beside it, and a draft can be checked by drawing again.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import secrets
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 
-import torch
-from torch import Tensor
+import numpy as np
+from numpy.typing import NDArray
 
 from abyssal.base.errors import InputError
+
+Floats = NDArray[np.float64]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,6 +26,12 @@ class Sampling:
     Attributes:
         temperature: 0 takes the likeliest token.
         top_p: keep the likeliest tokens that together have this probability.
+        top_k: keep so many of the likeliest tokens; 0 keeps all.
+        min_p: drop tokens whose probability is below this share of the largest one.
+        presence_penalty: subtracted from the logit of every token that the answer has.
+        frequency_penalty: subtracted once for each time that the answer has the token.
+        repetition_penalty: logits of tokens in prompt or answer are divided by this, or multiplied if negative.
+        logit_bias: added to logits, by token id.
         seed: equal seeds give equal tokens; None draws a new one.
 
     Raises:
@@ -25,6 +40,12 @@ class Sampling:
 
     temperature: float = 1.0
     top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: dict[int, float] = field(default_factory=dict)
     seed: int | None = None
 
     def __post_init__(self) -> None:
@@ -32,30 +53,108 @@ class Sampling:
             raise InputError(f"temperature is {self.temperature}: use 0 to 100")
         if not 0 < self.top_p <= 1:
             raise InputError(f"top_p is {self.top_p}: use more than 0, at most 1")
+        if self.top_k < 0:
+            raise InputError(f"top_k is {self.top_k}: use 0 (all) or more")
+        if not 0 <= self.min_p <= 1:
+            raise InputError(f"min_p is {self.min_p}: use 0 to 1")
+        for name in ("presence_penalty", "frequency_penalty"):
+            if not -2 <= getattr(self, name) <= 2:
+                raise InputError(f"{name} is {getattr(self, name)}: use -2 to 2")
+        if not 0 < self.repetition_penalty <= 10:
+            raise InputError(f"repetition_penalty is {self.repetition_penalty}: use more than 0, at most 10")
+        if any(not -100 <= bias <= 100 for bias in self.logit_bias.values()):
+            raise InputError("a logit bias is beyond -100 to 100: bring it inside")
+
+    @property
+    def plain(self) -> bool:
+        """Whether the largest logit is the choice."""
+        return (
+            self.temperature == 0
+            and not self.logit_bias
+            and not self.presence_penalty
+            and not self.frequency_penalty
+            and self.repetition_penalty == 1
+        )
 
 
 class Sampler:
-    """Draws tokens of one request."""
+    """Draws the tokens of one answer.
 
-    def __init__(self, sampling: Sampling):
+    Args:
+        sampling: how.
+        choice: number of the answer; each has noise of its own.
+    """
+
+    def __init__(self, sampling: Sampling, choice: int = 0):
         self.sampling = sampling
-        self._generator = torch.Generator()
-        if sampling.seed is None:
-            self._generator.seed()
-        else:
-            self._generator.manual_seed(sampling.seed)
+        seed = secrets.randbits(63) if sampling.seed is None else sampling.seed
+        # two words of key: the seed and the number of the answer
+        self._key = np.array([seed & (2**64 - 1), choice], np.uint64)
 
-    def draw(self, logits_V: Tensor) -> tuple[int, float]:
-        """A token and its log-probability under the model, before temperature and truncation."""
+    def noise(self, place: int, size: int) -> Floats:
+        """Gumbel noise for the token at `place` of the answer, one value for each token of the vocabulary."""
+        generator = np.random.Generator(np.random.Philox(key=self._key, counter=[0, 0, place, 0]))
+        return generator.gumbel(size=size)
+
+    def draw(
+        self,
+        logits_V: Floats,
+        place: int,
+        prompt: Sequence[int] = (),
+        answer: Sequence[int] = (),
+        allowed_V: NDArray[np.bool_] | None = None,
+    ) -> int:
+        """The token at `place` of the answer.
+
+        Args:
+            logits_V: of the model, finite.
+            prompt, answer: tokens so far, for penalties.
+            allowed_V: what the grammar allows, or None for everything.
+        """
+        logits = self.adjusted(logits_V, prompt, answer)
+        if allowed_V is not None:
+            logits = np.where(allowed_V, logits, -np.inf)
         s = self.sampling
-        logprobs = logits_V.double().log_softmax(-1)
         if s.temperature == 0:
-            token = int(logprobs.argmax())
-        else:
-            probabilities = (logprobs / s.temperature).softmax(-1)
-            if s.top_p < 1:
-                ordered, order = probabilities.sort(descending=True, stable=True)
-                kept = ordered.cumsum(-1) - ordered < s.top_p  # the token that crosses the border stays
-                probabilities = torch.zeros_like(probabilities).scatter(0, order[kept], ordered[kept])
-            token = int(torch.multinomial(probabilities, 1, generator=self._generator))
-        return token, float(logprobs[token])
+            return int(logits.argmax())
+        logits = truncated(logits / s.temperature, s.top_k, s.top_p, s.min_p)
+        return int((logits + self.noise(place, len(logits))).argmax())
+
+    def adjusted(self, logits_V: Floats, prompt: Sequence[int], answer: Sequence[int]) -> Floats:
+        """Logits after bias and penalties."""
+        s = self.sampling
+        logits = np.array(logits_V, np.float64)
+        if s.repetition_penalty != 1:
+            seen = np.unique(np.asarray([*prompt, *answer], np.int64))
+            values = logits[seen]
+            logits[seen] = np.where(values > 0, values / s.repetition_penalty, values * s.repetition_penalty)
+        if (s.presence_penalty or s.frequency_penalty) and len(answer):
+            ids, counts = np.unique(np.asarray(answer, np.int64), return_counts=True)
+            logits[ids] -= s.presence_penalty + s.frequency_penalty * counts
+        for token, bias in s.logit_bias.items():
+            logits[token] += bias
+        return logits
+
+
+def truncated(logits_V: Floats, top_k: int, top_p: float, min_p: float) -> Floats:
+    """Logits with minus infinity for the tokens that are cut off; the likeliest always stays.
+
+    Each rule looks at what the one before has left: top-k, then top-p, then min-p. Equal logits at the border
+    of top-k all stay; of equal ones at the border of top-p, those with the lower ids.
+    """
+    logits = logits_V
+    if 0 < top_k < len(logits):
+        border = np.partition(logits, -top_k)[-top_k]
+        logits = np.where(logits >= border, logits, -np.inf)
+    if top_p < 1:
+        order = np.argsort(-logits, kind="stable")
+        weights = np.exp(logits[order] - logits[order[0]])
+        shares = weights / weights.sum()
+        kept = np.cumsum(shares) - shares < top_p  # the token that crosses the border stays
+        kept[0] = True
+        cut = np.full_like(logits, -np.inf)
+        cut[order[kept]] = logits[order[kept]]
+        logits = cut
+    if min_p > 0:
+        logits = np.where(logits >= logits.max() + np.log(min_p), logits, -np.inf)
+    return logits

@@ -163,22 +163,23 @@ class LayerMemory:
 
 
 class Counted:
-    """Numbered places with reference counts; a place is free when nobody holds it."""
+    """Numbered places with reference counts; a place is free when nobody holds it.
+
+    Attributes:
+        holders: how many hold each place.
+        free: places that nobody holds.
+    """
 
     def __init__(self, kind: str, count: int, bounded: bool):
         self.kind = kind
         self.bounded = bounded
         self.holders = np.zeros(count, np.int32)
+        self.free = count
 
     @property
     def count(self) -> int:
         """Places there are."""
         return len(self.holders)
-
-    @property
-    def free(self) -> int:
-        """Places that nobody holds."""
-        return int((self.holders == 0).sum())
 
     def take(self, count: int, after: int = -1) -> list[int]:
         """Hold `count` free places, in runs as long as possible, best right behind the place `after`.
@@ -188,22 +189,21 @@ class Counted:
         Raises:
             CapacityError: too few are free.
         """
-        free = self.holders == 0
-        if count > int(free.sum()):
+        if count > self.free:
             if self.bounded:
-                raise CapacityError(f"{count} {self.kind} are needed, {int(free.sum())} of {self.count} are free")
-            grown = max(count - int(free.sum()), self.count, 1)
+                raise CapacityError(f"{count} {self.kind} are needed, {self.free} of {self.count} are free")
+            grown = max(count - self.free, self.count, 1)
             self.holders = np.concatenate([self.holders, np.zeros(grown, np.int32)])
-            free = self.holders == 0
+            self.free += grown
         taken: list[int] = []
         while len(taken) < count:
             place = after + 1
-            if not (0 <= place < len(free) and free[place]):
-                place = _longest_run(free, count - len(taken), new=after < 0)
-            free[place] = False
+            if not (0 < place < self.count and self.holders[place] == 0):
+                place = _longest_run(self.holders == 0, count - len(taken), new=after < 0)
+            self.holders[place] = 1
             taken.append(place)
             after = place
-        self.holders[taken] += 1
+        self.free -= count
         return taken
 
     def hold(self, places: Sequence[int]) -> None:
@@ -214,7 +214,9 @@ class Counted:
     def drop(self, places: Sequence[int]) -> None:
         """One holder less for each place."""
         assert all(self.holders[place] > 0 for place in places)
-        np.subtract.at(self.holders, list(places), 1)
+        if len(places):
+            np.subtract.at(self.holders, list(places), 1)
+            self.free += int((self.holders[list(places)] == 0).sum())
 
 
 def _longest_run(free: NDArray[np.bool_], wanted: int, new: bool) -> int:

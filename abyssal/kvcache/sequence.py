@@ -46,9 +46,7 @@ class SequenceCache:
             memory.copy_slot(self.slot, slot)
             memory.slots.drop([self.slot])
             self.slot = slot
-        missing = memory.pages_for(self.position + tokens) - len(self.pages)
-        if missing > 0:
-            self.pages += memory.take_pages(missing, self.pages[-1] if self.pages else -1)
+        self.extend(memory.pages_for(self.position + tokens) - len(self.pages))
         first = max(self.position, self.known) // memory.page_tokens
         for i in range(first, memory.pages_for(self.position + tokens)):
             if memory.pages.holders[self.pages[i]] > 1:
@@ -57,10 +55,21 @@ class SequenceCache:
                 memory.pages.drop([self.pages[i]])
                 self.pages[i] = page
 
+    def extend(self, pages: int) -> None:
+        """Hold so many more pages at the end, for a prompt whose length is known.
+
+        Raises:
+            CapacityError: too few are free.
+        """
+        if pages > 0:
+            self.pages += self.memory.take_pages(pages, self.pages[-1] if self.pages else -1)
+
     def advance(self, tokens: int) -> None:
         """The next tokens have been written."""
         self.position += tokens
         self._highest = max(self._highest, self.position)
+        if self.position >= self.known:
+            self.since = 0  # the rings are whole again
 
     def fork(self) -> SequenceCache:
         """A second sequence with the same past; pages and slot are shared until one of the two writes."""

@@ -35,12 +35,14 @@ class Span:
         first: row of the first of them in the packed tensors.
         length: how many.
         start: position of the first of them in the sequence.
+        since: first position whose ring rows are present.
     """
 
     cache: SequenceCache
     first: int
     length: int
     start: int
+    since: int
 
 
 @dataclass(frozen=True)
@@ -125,6 +127,7 @@ class Batch:
         caches: the sequences' states; their pages and slots must be reserved.
         lengths: tokens of each.
         starts: position of the first token of each; by default where the state stands.
+        since: first position whose ring rows are present; by default as the state says. The MTP block's differ.
 
     Attributes:
         spans: where each sequence's tokens lie.
@@ -135,12 +138,18 @@ class Batch:
     """
 
     def __init__(
-        self, caches: Sequence[SequenceCache], lengths: Sequence[int], starts: Sequence[int] | None = None
+        self,
+        caches: Sequence[SequenceCache],
+        lengths: Sequence[int],
+        starts: Sequence[int] | None = None,
+        since: Sequence[int] | None = None,
     ):
+        starts = [cache.position for cache in caches] if starts is None else starts
+        since = [cache.since for cache in caches] if since is None else since
         self.spans: list[Span] = []
         first = 0
-        for i, (cache, length) in enumerate(zip(caches, lengths, strict=True)):
-            self.spans.append(Span(cache, first, length, cache.position if starts is None else starts[i]))
+        for cache, length, start, present in zip(caches, lengths, starts, since, strict=True):
+            self.spans.append(Span(cache, first, length, start, present))
             first += length
         self.memory: Memory = caches[0].memory
         self.count = first
@@ -182,7 +191,7 @@ class Batch:
         """Window entries of each token."""
         W = self.memory.config.sliding_window
         ring = self.memory.all_layers()[0].window
-        earlier = [max(span.cache.since, span.start - W + 1, 0) for span in self.spans]
+        earlier = [max(span.since, span.start - W + 1, 0) for span in self.spans]
         sources = [
             ring.rows(span.cache.slot, begin, span.start) for span, begin in zip(self.spans, earlier, strict=True)
         ]
@@ -225,7 +234,7 @@ class Batch:
         sources, own, before, starts, targets, kept = [], [], [], [], [], []
         complete = [(s.start // ratio, (s.start + s.length) // ratio) for s in self.spans]
         begins = [
-            max(history(s.start, ratio), s.cache.since) if stop > first else s.start
+            max(history(s.start, ratio), s.since) if stop > first else s.start
             for s, (first, stop) in zip(self.spans, complete, strict=True)
         ]
         held, fresh = 1, 1 + sum(s.start - b for s, b in zip(self.spans, begins, strict=True))

@@ -1,0 +1,70 @@
+"""The only caller of the model: tokens of many sequences in, hidden states and logits out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from abyssal.kvcache.sequence import SequenceCache
+from abyssal.model import Batch, Output, Transformer
+
+SMALL_PASS = 32  # tokens up to which threads cost more than they bring, in a small model
+SMALL_MODEL = 1 << 26  # parameters
+
+
+class Runner:
+    """Runs a model without gradients.
+
+    A pass of few tokens through a small model runs on one thread: waking the others takes longer than the
+    work. The bits do not depend on it (`kernels.linear`).
+    """
+
+    def __init__(self, model: Transformer):
+        self.model = model
+        self._threads = torch.get_num_threads()
+        self._small = sum(p.numel() for p in model.parameters()) < SMALL_MODEL
+
+    def _use_threads(self, tokens: int) -> None:
+        torch.set_num_threads(1 if self._small and tokens <= SMALL_PASS else self._threads)
+
+    def run(self, caches: Sequence[SequenceCache], tokens: Sequence[Sequence[int]]) -> Output:
+        """One pass; the caches advance. Rows lie in the order of the sequences."""
+        lengths = [len(ids) for ids in tokens]
+        self._use_threads(sum(lengths))
+        ids_T = torch.from_numpy(np.concatenate([np.asarray(ids, np.int64) for ids in tokens]))
+        with torch.inference_mode():
+            try:
+                return self.model.run(ids_T, caches, lengths)
+            finally:
+                torch.set_num_threads(self._threads)
+
+    def logits(self, z_TD: Tensor) -> NDArray[np.float64]:
+        """Logits of some rows, [T, V]."""
+        self._use_threads(len(z_TD))
+        with torch.inference_mode():
+            try:
+                return self.model.logits(z_TD).double().numpy()
+            finally:
+                torch.set_num_threads(self._threads)
+
+    def draft(
+        self,
+        streams_TND: Tensor,
+        next_ids: Sequence[int],
+        caches: Sequence[SequenceCache],
+        lengths: Sequence[int],
+        starts: Sequence[int],
+        since: Sequence[int],
+    ) -> tuple[Tensor, Tensor]:
+        """One step of the MTP block: z_TD and streams_TND; see `Transformer.draft`."""
+        self._use_threads(len(next_ids))
+        with torch.inference_mode():
+            try:
+                batch = Batch(caches, lengths, starts, since)
+                return self.model.draft(streams_TND, torch.tensor(next_ids), batch)
+            finally:
+                torch.set_num_threads(self._threads)
