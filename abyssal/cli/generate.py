@@ -95,7 +95,7 @@ def generate(
         "cached_tokens": record.prefix.hit,
         "recomputed_tokens": record.prefix.recomputed,
         "cache_reason": record.prefix.reason,
-        "first_token_s": record.prefill_s,
+        "first_token_s": record.queued_s + record.prefill_s,
         "prefill_tokens_per_s": record.prefill_tokens_per_s,
         "decode_tokens_per_s": record.decode_tokens_per_s,
         "drafted_tokens": record.drafted,

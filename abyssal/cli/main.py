@@ -11,6 +11,7 @@ import typer
 
 from abyssal import __version__
 from abyssal.base.errors import AbyssalError, InputError
+from abyssal.cli.cache import cache
 from abyssal.cli.chat import chat
 from abyssal.cli.convert import convert
 from abyssal.cli.generate import generate
@@ -26,6 +27,7 @@ app = typer.Typer(
 )
 for verb in (inspect, generate, chat, logits, make_release, convert):
     app.command()(verb)
+app.add_typer(cache, name="cache")
 
 
 def _version(show: bool) -> None:

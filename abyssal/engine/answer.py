@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from abyssal.engine.grammar import Matcher
+from abyssal.engine.prefix_cache import Node
 from abyssal.engine.request import Request
 from abyssal.engine.sampler import Sampler
 from abyssal.engine.stop import StopStrings
@@ -25,6 +26,7 @@ class Running:
         cache: its state, or None while it waits for memory.
         limit: tokens that prompt and answer may have together.
         matcher: the grammar once it holds.
+        node: where its pages end in the prefix cache.
         served: the step in which it was last served.
         arrived: order of arrival.
         mtp_position: tokens that the MTP block has read; streams_TND holds the backbone's streams from there on.
@@ -41,6 +43,7 @@ class Running:
     stops: StopStrings | None
     cache: SequenceCache | None = None
     matcher: Matcher | None = None
+    node: Node | None = None
     served: int = -1
     arrived: int = 0
     mtp_position: int = 0

@@ -146,6 +146,11 @@ class DiskCache:
         self._bytes = 0
 
     @property
+    def count(self) -> int:
+        """Entries there are."""
+        return sum(1 for _ in self._files())
+
+    @property
     def bytes(self) -> int:
         """Bytes of the entries, as far as this process knows."""
         return self._bytes

@@ -325,14 +325,15 @@ class Engine:
         assert run.cache is not None
         record = self.records[run.request_number]
         record.read = max(record.read, min(run.cache.position, record.prompt_tokens))
+        if self.prefix is None or run.cache.since:
+            return
+        size = self.memory.page_tokens
         sure = min(run.cache.position, len(run.tokens))
-        if self.prefix is not None and sure // self.memory.page_tokens > 0 and not run.cache.since:
-            before = run.cache.known
-            if sure // self.memory.page_tokens > before // self.memory.page_tokens:
-                self.prefix.insert(run.cache, run.tokens[:sure])
-                run.cache.known = sure // self.memory.page_tokens * self.memory.page_tokens
-            if self.prefix.wants_rings(run.cache.known, len(run.request.prompt)):
-                self.prefix.keep_rings(run.cache, run.tokens[:sure])
+        if run.node is None or sure // size > run.node.depth or run.node.dropped:
+            run.node = self.prefix.insert(run.cache, run.tokens, sure, run.node)
+            run.cache.known = run.node.depth * size
+        if self.prefix.wants_rings(run.node.depth * size, len(run.request.prompt)):
+            self.prefix.keep_rings(run.cache, run.node)
 
     def _split(self, run: Running) -> list[Running]:
         """The answer and, after its prompt is read, its siblings, which share what was read."""
@@ -342,6 +343,7 @@ class Engine:
             sibling.cache = run.cache.fork()
             sibling.mtp_position, sibling.mtp_since = run.mtp_position, run.mtp_since
             sibling.streams_TND = run.streams_TND
+            sibling.node = run.node
             self._running[sibling.number] = sibling
         return [run, *siblings]
 
@@ -359,7 +361,8 @@ class Engine:
         for row, logits in enumerate(logits_RV):
             if not np.isfinite(logits).all():
                 error = "the model gave logits that are not finite: its weights are damaged"
-                return [*events, self._end(run, Event(run.request_number, run.choice, None, finish="failed", error=error))]
+                failed = Event(run.request_number, run.choice, None, finish="failed", error=error)
+                return [*events, self._end(run, failed)]
             event = self._token(run, logits)
             events.append(event)
             if event.finish is not None:
@@ -423,7 +426,7 @@ class Engine:
         if run.cache is not None:
             if self.prefix is not None and event.finish in ("stop", "length") and not run.cache.since:
                 # the last token was not read, or as a draft, which is as good as not
-                self.prefix.insert(run.cache, run.tokens[: min(run.cache.position, len(run.tokens) - 1)])
+                self.prefix.insert(run.cache, run.tokens, len(run.tokens) - 1, run.node)
             run.cache.release()
             run.cache = None
         run.streams_TND = None
@@ -448,7 +451,7 @@ class Engine:
             cache = SequenceCache(self.memory)
             record = self.records[run.request_number]
             if self.prefix is not None:
-                use = self.prefix.attach(cache, run.tokens)
+                use, run.node = self.prefix.attach(cache, run.tokens)
                 record.prefix = record.prefix if record.admitted is not None else use
             missing = self.memory.pages_for(len(run.tokens)) - len(cache.pages)
             if not self._make_room(missing):

@@ -32,7 +32,16 @@ REMEMBERED = 1 << 16  # keys of evicted pages, to tell "evicted" from "never see
 
 @dataclass(eq=False)
 class Node:
-    """A page of tokens after a certain past."""
+    """A page of tokens after a certain past.
+
+    Attributes:
+        key: digest of the past and these tokens.
+        page: where their entries lie.
+        rings: copies of the rings at the page's end, or None.
+        used: when it was last looked at.
+        depth: pages from the beginning, this one among them.
+        dropped: no longer part of the tree.
+    """
 
     key: bytes
     tokens: bytes
@@ -41,6 +50,8 @@ class Node:
     children: dict[bytes, Node] = field(default_factory=dict)
     rings: list[Tensor] | None = None
     used: int = 0
+    depth: int = 0
+    dropped: bool = False
 
 
 def _packed(tokens: Sequence[int]) -> bytes:
@@ -121,18 +132,18 @@ class PrefixCache:
 
     # use
 
-    def attach(self, cache: SequenceCache, prompt: Sequence[int]) -> PrefixUse:
+    def attach(self, cache: SequenceCache, prompt: Sequence[int]) -> tuple[PrefixUse, Node]:
         """Let a new sequence begin behind the longest prefix of its prompt that is known.
 
-        At least the last token is left to read.
+        At least the last token is left to read. Returns what was found, and where to insert what follows.
         """
         nodes, reason = self._match(prompt)
         hit = len(nodes) * self.memory.page_tokens
         if not nodes:
-            return PrefixUse(0, 0, len(prompt), reason)
+            return PrefixUse(0, 0, len(prompt), reason), self._root
         cache.attach([node.page for node in nodes], hit)
         start = self._begin(cache, nodes, hit)
-        return PrefixUse(hit, hit - start, len(prompt) - hit, reason)
+        return PrefixUse(hit, hit - start, len(prompt) - hit, reason), nodes[-1]
 
     def _begin(self, cache: SequenceCache, nodes: list[Node], hit: int) -> int:
         """Fill the rings from a copy, or go back as far as they need to be read again; where reading begins."""
@@ -206,14 +217,22 @@ class PrefixCache:
 
     # keep
 
-    def insert(self, cache: SequenceCache, tokens: Sequence[int]) -> None:
-        """Keep the complete pages of a sequence that has read these tokens, and its rings where they are wanted."""
+    def insert(self, cache: SequenceCache, tokens: Sequence[int], count: int, node: Node | None = None) -> Node:
+        """Keep the complete pages of a sequence.
+
+        Args:
+            cache: the sequence.
+            tokens: what it has read, of which the first `count` are certain.
+            node: where an earlier insertion of the same sequence ended; from the beginning if None or dropped.
+        Returns:
+            the node of the last complete page.
+        """
         size = self.memory.page_tokens
-        node = self._root
+        if node is None or node.dropped:
+            node = self._root
         self._clock += 1
-        end = min(cache.position, len(tokens)) // size * size
-        for i, first in enumerate(range(0, end, size)):
-            packed = _packed(tokens[first : first + size])
+        for i in range(node.depth, min(cache.position, count) // size):
+            packed = _packed(tokens[i * size : (i + 1) * size])
             child = node.children.get(packed)
             if child is None:
                 key = hashlib.sha256(node.key + packed).digest()
@@ -223,27 +242,20 @@ class PrefixCache:
                     self.disk.put(key.hex(), page_at(self.memory, child.page))
             child.used = self._clock
             node = child
+        return node
 
-    def keep_rings(self, cache: SequenceCache, tokens: Sequence[int]) -> None:
-        """Keep the rings at the last page's end, if the sequence has only just passed it; see `wants_rings`."""
-        size = self.memory.page_tokens
-        end = cache.position // size * size
-        if not end or cache.position - end > SLACK or cache.since:
+    def keep_rings(self, cache: SequenceCache, node: Node) -> None:
+        """Keep the rings at a node's end, if the sequence has only just passed it; see `wants_rings`."""
+        end = node.depth * self.memory.page_tokens
+        if node.rings is not None or node.dropped or not end or cache.position - end > SLACK or cache.since:
             return
-        node = self._root
-        for first in range(0, end, size):
-            child = node.children.get(_packed(tokens[first : first + size]))
-            if child is None:
-                return
-            node = child
-        if node.rings is None:
-            node.rings = rings_at(cache, end)
-            self._keep(node)
-            if self.disk is not None:
-                self.disk.put(_rings_key(node), node.rings)
+        node.rings = rings_at(cache, end)
+        self._keep(node)
+        if self.disk is not None:
+            self.disk.put(_rings_key(node), node.rings)
 
     def _add(self, parent: Node, key: bytes, tokens: bytes, page: int) -> Node:
-        node = Node(key, tokens, parent, page, used=self._clock)
+        node = Node(key, tokens, parent, page, used=self._clock, depth=parent.depth + 1)
         parent.children[tokens] = node
         self._count += 1
         return node
@@ -296,6 +308,7 @@ class PrefixCache:
     def _drop(self, node: Node) -> None:
         assert node.parent is not None
         del node.parent.children[node.tokens]
+        node.dropped = True
         self.memory.pages.drop([node.page])
         self._count -= 1
         if node.rings is not None:
@@ -313,6 +326,7 @@ class PrefixCache:
     def clear(self) -> None:
         """Give every page back that no sequence uses, and forget the rest; files stay."""
         for node in list(self.nodes()):
+            node.dropped = True
             self.memory.pages.drop([node.page])
         self._root.children.clear()
         self._rings.clear()

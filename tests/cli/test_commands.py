@@ -25,8 +25,9 @@ INSPECT_KEYS = {
     "kv_fixed_bytes", "flops_per_token", "kv_vs_v32", "kv_vs_gqa8", "flops_vs_v32",
 }  # fmt: skip
 GENERATE_KEYS = {
-    "text", "tokens", "logprobs", "finish_reason", "prompt_tokens", "cached_tokens", "prefill_tokens_per_s",
-    "decode_tokens_per_s",
+    "text", "tokens", "logprobs", "finish_reason", "prompt_tokens", "cached_tokens", "recomputed_tokens",
+    "cache_reason", "first_token_s", "prefill_tokens_per_s", "decode_tokens_per_s", "drafted_tokens",
+    "accepted_tokens",
 }  # fmt: skip
 
 
@@ -73,6 +74,58 @@ def test_generate_with_the_bundled_model() -> None:
     assert first["prompt_tokens"] == 1 + len(tokenizer.encode("In the beginning"))
     plain = abyssal("generate", "--prompt", "In the beginning", "--max-tokens", "24", "--seed", "3").stdout
     assert plain == first["text"] + "\n"
+
+
+def test_a_second_question_about_a_file_reuses_it(tmp_path: Path) -> None:
+    """Through the disk, in a process of its own; a changed file is used up to the change."""
+    home = {**os.environ, "ABYSSAL_HOME": str(tmp_path / "home")}
+    text = " ".join(f"Then number {i} came to the well, and drew water." for i in range(120))
+    book = tmp_path / "book.txt"
+    book.write_text(text, encoding="utf-8")
+    arguments = ("generate", "--context", book, "--max-tokens", "5", "--temperature", "0", "--json", "--prompt")
+    first = json.loads(abyssal(*arguments, " And", env=home).stdout)
+    again = json.loads(abyssal(*arguments, " And", env=home).stdout)
+    fresh = json.loads(abyssal(*arguments, " But", "--no-disk-cache", env=home).stdout)
+    other = json.loads(abyssal(*arguments, " But", env=home).stdout)
+    assert first["cached_tokens"] == fresh["cached_tokens"] == 0 < 1000 < again["cached_tokens"]
+    assert again["cached_tokens"] % 128 == 0 and first["prompt_tokens"] - again["cached_tokens"] <= 128
+    for name in ("tokens", "logprobs"):
+        assert again[name] == first[name] and other[name] == fresh[name]
+    assert other["cached_tokens"] == again["cached_tokens"]
+    edited = tmp_path / "edited.txt"
+    edited.write_text(text.replace("number 60", "No. 60"), encoding="utf-8")
+    part = json.loads(abyssal(*arguments[:2], edited, *arguments[3:], " And", env=home).stdout)
+    assert 0 < part["cached_tokens"] < again["cached_tokens"]
+    assert abyssal("cache", "stats", "--json", env=home).stdout.count("entries") == 1
+    assert json.loads(abyssal("cache", "stats", "--json", env=home).stdout)["entries"] > 5
+    found = json.loads(abyssal("cache", "diff", book, edited, "--json", env=home).stdout)
+    assert found["reused_tokens"] == part["cached_tokens"]
+    assert found["common_tokens"] // 128 * 128 == found["reused_tokens"]
+    assert found["a_next"].strip().startswith("number") and found["b_next"].strip().startswith("No")
+    text_out = abyssal("cache", "diff", book, edited, env=home).stdout
+    assert f"part at token {found['common_tokens']}" in text_out
+    assert "equal" in abyssal("cache", "diff", book, book, env=home).stdout
+    abyssal("cache", "clear", env=home)
+    assert json.loads(abyssal("cache", "stats", "--json", env=home).stdout)["entries"] == 0
+
+
+def test_generate_obeys_grammars_and_stop_strings(tmp_path: Path) -> None:
+    schema = {"type": "object", "properties": {"n": {"type": "integer"}}, "required": ["n"], "maxProperties": 1}
+    (tmp_path / "schema.json").write_text(json.dumps(schema))
+    (tmp_path / "yes.lark").write_text('start: "yes" | "no"')
+    common = ("generate", "--prompt", "In the beginning", "--seed", "3", "--max-tokens", "60", "--json")
+    found = json.loads(abyssal(*common, "--grammar", tmp_path / "yes.lark").stdout)
+    assert found["text"] in ("yes", "no") and found["finish_reason"] == "stop"
+    found = json.loads(abyssal(*common, "--schema", tmp_path / "schema.json").stdout)
+    assert found["finish_reason"] == "length" or isinstance(json.loads(found["text"])["n"], int)
+    free = json.loads(abyssal(*common).stdout)["text"]
+    found = json.loads(abyssal(*common, "--stop", free[20:26]).stdout)
+    assert found["text"] == free[: free.index(free[20:26])] and found["finish_reason"] == "stop"
+    drafted = json.loads(abyssal(*common, "--drafts", "2").stdout)
+    assert drafted["text"] == free and drafted["drafted_tokens"] >= drafted["accepted_tokens"] > 0
+    (tmp_path / "bad.lark").write_text("start: ???")
+    assert "lark is invalid" in abyssal(*common, "--grammar", tmp_path / "bad.lark", code=2).stderr
+    abyssal(*common, "--grammar", tmp_path / "yes.lark", "--schema", tmp_path / "schema.json", code=2)
 
 
 def test_the_bundled_model_knows_english() -> None:
@@ -209,19 +262,24 @@ def test_chat_in_a_terminal() -> None:
     os.close(master)
 
 
-def test_weights_that_do_not_fit_are_refused_or_kept_quantised(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_weights_that_do_not_fit_are_refused_or_kept_quantised(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     import abyssal.cli.models as models
     from abyssal.base.errors import InputError
     from abyssal.base.machine import Machine
 
     def with_memory(size: int) -> None:
         machine = Machine("cpu", "x", 2, size, size, size)
-        monkeypatch.setattr(models, "this_machine", lambda: machine)
+        monkeypatch.setattr(models, "this_machine", lambda *_: machine)
 
+    from abyssal.engine.request import Request
+
+    monkeypatch.setenv("ABYSSAL_HOME", str(tmp_path))
     with_memory(30 * 2**20)
-    _, engine = models.open_model("nano")
+    _, engine = models.open_model("nano", cache_bytes=2**28)
     assert engine.model.layers[0].attn.wq_b.weight.dtype == torch.float8_e4m3fn
-    _, stream = engine.start([0, 100], max_tokens=3)
+    _, stream = engine.stream(Request(prompt=(0, 100), max_tokens=3))
     assert len(list(stream)) >= 1
     with_memory(2**20)
     with pytest.raises(InputError, match="--max-memory"):
