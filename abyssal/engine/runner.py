@@ -14,6 +14,7 @@ from abyssal.model import Batch, Output, Transformer
 
 SMALL_PASS = 32  # tokens up to which threads cost more than they bring, in a small model
 SMALL_MODEL = 1 << 26  # parameters
+SHORT = 1 << 15  # tokens of all contexts together, up to which the index keys are soon read
 
 
 class Runner:
@@ -28,13 +29,14 @@ class Runner:
         self._threads = torch.get_num_threads()
         self._small = sum(p.numel() for p in model.parameters()) < SMALL_MODEL
 
-    def _use_threads(self, tokens: int) -> None:
-        torch.set_num_threads(1 if self._small and tokens <= SMALL_PASS else self._threads)
+    def _use_threads(self, tokens: int, context: int = 0) -> None:
+        small = self._small and tokens <= SMALL_PASS and context <= SHORT
+        torch.set_num_threads(1 if small else self._threads)
 
     def run(self, caches: Sequence[SequenceCache], tokens: Sequence[Sequence[int]]) -> Output:
         """One pass; the caches advance. Rows lie in the order of the sequences."""
         lengths = [len(ids) for ids in tokens]
-        self._use_threads(sum(lengths))
+        self._use_threads(sum(lengths), sum(cache.position for cache in caches))
         ids_T = torch.from_numpy(np.concatenate([np.asarray(ids, np.int64) for ids in tokens]))
         with torch.inference_mode():
             try:

@@ -5,17 +5,30 @@ Keys are read a tile at a time and only the best so far are kept, so memory does
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 TILE = 8192  # keys that are ranked at once
+LONG_TILE = 65536  # the same for a few queries
 DOTS = 1 << 18  # products of one step: they stay in the cache between the product and the sum over heads
 QUERIES = 64  # queries of one step
+FEW = 4  # queries up to which the keys take the place of the rows in the product
 
 _LOWEST = torch.iinfo(torch.int64).min
 _BLOCK = (1 << 32) - 1
+
+
+def _sum_heads(x: Tensor, dim: int) -> Tensor:
+    """Sum over heads by adding one half to the other, so that the order is the same in every layout; in place."""
+    count = x.shape[dim]
+    while count > 1:
+        half = (count + 1) // 2
+        x.narrow(dim, 0, count - half).add_(x.narrow(dim, half, count - half))
+        count = half
+    return x.select(dim, 0)
 
 
 def index_scores(q_GSIJ: Tensor, weights_GSI: Tensor, keys_GNJ: Tensor) -> Tensor:
@@ -25,14 +38,20 @@ def index_scores(q_GSIJ: Tensor, weights_GSI: Tensor, keys_GNJ: Tensor) -> Tenso
         scores_GSN in the dtype of the inputs. Weights may be negative; exact zeros are common.
     """
     G, S, I, _ = q_GSIJ.shape
-    q, weights = q_GSIJ.flatten(1, 2), weights_GSI.unsqueeze(-1)
     step = max(DOTS // (G * S * I) // 64, 1) * 64
     scores = []
+    if G == 1 and S <= FEW:  # reading the keys is the work
+        q_JQ, weights_Q = q_GSIJ.flatten(0, 2).T, weights_GSI.flatten()
+        for keys in keys_GNJ[0].split(step):
+            dots = keys.mm(q_JQ).relu_().mul_(weights_Q)
+            scores.append(_sum_heads(dots.view(-1, S, I), 2).T)
+        return (scores[0] if len(scores) == 1 else torch.cat(scores, dim=-1)).unsqueeze(0)
+    q, weights = q_GSIJ.flatten(1, 2), weights_GSI.unsqueeze(-1)
     for keys in keys_GNJ.split(step, dim=1):
         # mm and bmm agree to the bit; mm alone takes a view of the keys without a copy
         dots = q[0].mm(keys[0].T).unsqueeze(0) if G == 1 else torch.bmm(q, keys.transpose(1, 2))
-        scores.append(dots.relu_().view(G, S, I, -1).mul_(weights).sum(2))
-    return scores[0] if len(scores) == 1 else torch.cat(scores, dim=-1)
+        scores.append(_sum_heads(dots.relu_().view(G, S, I, -1).mul_(weights), 2))
+    return scores[0].contiguous() if len(scores) == 1 else torch.cat(scores, dim=-1)
 
 
 def choose_reference(scores_QT: Tensor, visible_Q: Tensor, k: int) -> Tensor:
@@ -68,6 +87,9 @@ class Best:
 
     def add(self, scores_QN: Tensor, first: int) -> None:
         """Scores of blocks first .. first + N - 1."""
+        if len(scores_QN) == 1 and first >= self.k and not self.exact:
+            self._add_few(scores_QN[0, : int(self.visible_Q1) - first], first)
+            return
         blocks = torch.arange(first, first + scores_QN.shape[1])
         hidden = blocks >= self.visible_Q1
         if self.exact:
@@ -77,11 +99,16 @@ class Best:
             self._scores, order = scores.sort(dim=1, descending=True, stable=True)
             self._scores, self._blocks = self._scores[:, : self.k], numbers.gather(1, order[:, : self.k])
             return
-        bits = (scores_QN + 0.0).view(torch.int32)  # + 0.0: minus zero ties with zero
-        ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)  # integers in the order of the floats
-        keys = (ordered.long() << 32) | (_BLOCK - blocks)
-        keys = torch.cat([self._keys, keys.masked_fill_(hidden, _LOWEST)], dim=1)
+        keys = torch.cat([self._keys, _ranks(scores_QN, blocks).masked_fill_(hidden, _LOWEST)], dim=1)
         self._keys = keys.topk(self.k, dim=1, sorted=False).values
+
+    def _add_few(self, scores_N: Tensor, first: int) -> None:
+        """A later tile of a single query: only what beats the last of the best can matter, and that is little."""
+        last = _scores_of((self._keys.min() >> 32).to(torch.int32).view(1))
+        better = (scores_N > last).nonzero().flatten()
+        if len(better):
+            keys = torch.cat([self._keys, _ranks(scores_N[better].unsqueeze(0), first + better)], dim=1)
+            self._keys = keys.topk(self.k, dim=1, sorted=False).values
 
     def blocks(self) -> Tensor:
         """Numbers of the chosen blocks in rising order, [Q, k], -1 in unused places."""
@@ -93,6 +120,18 @@ class Best:
             numbers = _BLOCK - (self._keys & _BLOCK)
         numbers = numbers.masked_fill(unused, _BLOCK).sort(dim=1).values
         return numbers.masked_fill(numbers == _BLOCK, -1)
+
+
+def _ranks(scores_QN: Tensor, blocks: Tensor) -> Tensor:
+    """Integers in the order of the scores, and of falling block numbers among equal ones."""
+    bits = (scores_QN + 0.0).view(torch.int32)  # + 0.0: minus zero ties with zero
+    ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)  # integers in the order of the floats
+    return (ordered.long() << 32) | (_BLOCK - blocks)
+
+
+def _scores_of(ordered: Tensor) -> Tensor:
+    """The floats whose order `_ranks` took."""
+    return (ordered ^ ((ordered >> 31) & 0x7FFFFFFF)).view(torch.float32)
 
 
 def choose(
@@ -118,8 +157,13 @@ def choose(
     parts = [slice(a, a + QUERIES) for a in range(0, S, QUERIES)]
     best = [Best(visible_GS[:, part].flatten(), k, q_GSIJ.dtype) for part in parts]
     most = [int(visible_GS[:, part].max()) for part in parts]
-    for first in range(0, total, TILE):
-        stop = min(first + TILE, -(-total // 64) * 64)
+    tile = LONG_TILE if G == 1 and S <= FEW else TILE
+    # the last few blocks apart: the tiles before them are read where they lie
+    whole = total // 64 * 64
+    borders = [*range(0, whole, tile), whole]
+    if total > whole:
+        borders.append(whole + 64)
+    for first, stop in itertools.pairwise(borders):
         keys_GNJ = read(first, stop)
         for part, seen, ranking in zip(parts, most, best, strict=True):
             if seen > first:

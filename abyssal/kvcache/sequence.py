@@ -29,6 +29,7 @@ class SequenceCache:
         self.memory = memory
         self.position = 0
         self.pages: list[int] = []
+        self._table: Rows | None = None
         self.since = 0
         self.known = 0
         self._highest = 0
@@ -54,6 +55,7 @@ class SequenceCache:
                 memory.copy_page(self.pages[i], page)
                 memory.pages.drop([self.pages[i]])
                 self.pages[i] = page
+                self._table = None
 
     def extend(self, pages: int) -> None:
         """Hold so many more pages at the end, for a prompt whose length is known.
@@ -63,6 +65,7 @@ class SequenceCache:
         """
         if pages > 0:
             self.pages += self.memory.take_pages(pages, self.pages[-1] if self.pages else -1)
+            self._table = None
 
     def advance(self, tokens: int) -> None:
         """The next tokens have been written."""
@@ -76,6 +79,7 @@ class SequenceCache:
         other = SequenceCache.__new__(SequenceCache)
         other.memory, other.position, other.pages, other.slot = self.memory, self.position, [*self.pages], self.slot
         other.since, other.known, other._highest = self.since, self.known, self._highest
+        other._table = None
         self.memory.pages.hold(self.pages)
         self.memory.slots.hold([self.slot])
         return other
@@ -114,6 +118,7 @@ class SequenceCache:
             raise ValueError(f"{len(pages)} pages do not hold {position} tokens: give more")
         self.memory.pages.hold(pages)
         self.pages = [*pages]
+        self._table = None
         self.position = self.since = self.known = self._highest = position
 
     def recompute_from(self, start: int) -> None:
@@ -124,7 +129,14 @@ class SequenceCache:
     def block_rows(self, blocks: Rows, ratio: int) -> Rows:
         """Rows of compressed blocks in the arrays of the layers with this ratio."""
         per_page = self.memory.page_tokens // ratio
-        return 1 + np.asarray(self.pages, np.int64)[blocks // per_page] * per_page + blocks % per_page
+        return 1 + self.table[blocks // per_page] * per_page + blocks % per_page
+
+    @property
+    def table(self) -> Rows:
+        """The page numbers as an array; made again when pages have been added or replaced."""
+        if self._table is None:
+            self._table = np.asarray(self.pages, np.int64)
+        return self._table
 
     @property
     def growing_bytes(self) -> int:

@@ -303,7 +303,7 @@ class Batch:
         most = max(len(span.cache.pages) for span in group.spans)
         table = np.zeros((len(group.spans), most), np.int64)
         for i, span in enumerate(group.spans):
-            table[i, : len(span.cache.pages)] = span.cache.pages
+            table[i, : len(span.cache.pages)] = span.cache.table
         numbers = blocks_GSK.clamp(min=0).flatten(1)
         pages = torch.from_numpy(table).gather(1, numbers // per_page)
         rows = (1 + pages * per_page + numbers % per_page).view(blocks_GSK.shape)
