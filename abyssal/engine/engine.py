@@ -35,6 +35,7 @@ from abyssal.model import Transformer
 
 STEP_TOKENS = 1024
 SLOTS = 64
+PROMPTS_AT_ONCE = 4  # being read; those behind them can then reuse what they share
 SHARE_OF_FREE = 0.5  # of the free memory, for the cache, unless a budget is given
 TINY = 1e-9
 
@@ -440,7 +441,8 @@ class Engine:
 
     def _admit(self) -> None:
         """Let waiting answers in while there is memory for what they have to read and one page more."""
-        while self._waiting and self.memory.slots.free:
+        reading = sum(1 for run in self._running.values() if run.left > 1)
+        while self._waiting and self.memory.slots.free and reading < PROMPTS_AT_ONCE:
             run = self._waiting[0]
             pages = self.memory.pages_for(len(run.tokens)) + len(run.siblings) + 1
             free = self.memory.pages.free
@@ -458,6 +460,7 @@ class Engine:
                 cache.release()
                 return
             self._waiting.popleft()
+            reading += 1
             run.cache = cache
             cache.extend(missing)
             run.mtp_position = run.mtp_since = cache.position
