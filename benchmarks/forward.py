@@ -29,6 +29,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from abyssal.arch.presets import preset
 from abyssal.base.files import write_json
 from abyssal.base.machine import this_machine
+from abyssal.engine.runner import Runner
 from abyssal.model import Transformer
 from abyssal.model.init import initialise
 
@@ -47,12 +48,13 @@ class Ours:
     """abyssal's model and its cache."""
 
     def __init__(self) -> None:
-        self.model = model()
-        self.cache = self.model.new_cache()
+        self.runner = Runner(model())
+        self.cache = self.runner.model.new_cache()
 
     def step(self, ids: torch.Tensor) -> torch.Tensor:
         """Logits after the last token."""
-        return self.model.logits(self.model.run(ids, [self.cache]).z_TD[-1])
+        output = self.runner.run([self.cache], [ids.tolist()])
+        return torch.from_numpy(self.runner.logits(output.z_TD[-1:])[0])
 
 
 class Theirs:

@@ -19,8 +19,8 @@ from torch import Tensor
 from abyssal.quant.fp4 import dequantise_fp4
 from abyssal.quant.fp8 import dequantise_fp8
 
-UNITS = (8, 16, 32, 64)  # rows of which a product may be a multiple
-NARROW = 16  # fewer outputs take another path of the library
+UNITS = (4, 8, 16, 32, 64)  # rows of which a product may be a multiple
+OUTPUTS = 16  # and outputs, of float64 products 64: threads share a ragged edge by another rule
 ROW_BLOCK = 128  # rows that share a row of FP8 scales
 BAND_ELEMENTS = 1 << 24  # 64 MiB of float32: the expanded part of a quantised weight
 
@@ -43,7 +43,7 @@ def dequantise(weight: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tens
 def _agrees(unit: int, dtype: torch.dtype) -> bool:
     """Whether products over several multiples of `unit` rows give each row the same bits, wherever it stands."""
     generator = torch.Generator().manual_seed(0)
-    for inner, outer in ((24, 61), (256, 96), (1024, 24), (128, 256), (512, 300)):
+    for inner, outer in ((24, 64), (256, 192), (1024, 64), (128, 256), (512, 320)):
         x = torch.randn(unit * 40, inner, generator=generator).to(dtype)
         weight = torch.randn(outer, inner, generator=generator).to(dtype)
         want = F.linear(x, weight)
@@ -61,7 +61,7 @@ def _unit(dtype: torch.dtype, threads: int) -> tuple[int, bool]:
     """The smallest unit that agrees, and whether one does; torch may split rows among its threads."""
     with torch.inference_mode(False), torch.no_grad():
         found = next((unit for unit in UNITS if _agrees(unit, dtype)), None)
-    return found or UNITS[1], found is not None
+    return found or UNITS[2], found is not None
 
 
 def row_unit(dtype: torch.dtype) -> int:
@@ -72,19 +72,20 @@ def row_unit(dtype: torch.dtype) -> int:
 def _product(x_RI: Tensor, weight_OI: Tensor) -> Tensor:
     """The product of a multiple of `row_unit` rows.
 
-    A few outputs, and an odd number of inputs, are computed by library paths in which the bits of a row depend
-    on its place; zeros lead around them.
+    A ragged number of outputs, and an odd number of inputs, are computed by library paths in which the bits of a
+    row depend on its place; zeros lead around them.
     """
-    outputs, odd = weight_OI.shape[0], weight_OI.shape[1] % 2
-    if outputs < NARROW or odd:
-        weight_OI = F.pad(weight_OI, (0, odd, 0, max(NARROW - outputs, 0)))
-        x_RI = F.pad(x_RI, (0, odd)) if odd else x_RI
+    outputs, inputs = weight_OI.shape
+    spare = -outputs % (OUTPUTS if x_RI.dtype != torch.float64 else 4 * OUTPUTS)
+    if spare or inputs % 2:
+        weight_OI = F.pad(weight_OI, (0, inputs % 2, 0, spare))
+        x_RI = F.pad(x_RI, (0, 1)) if inputs % 2 else x_RI
     unit, agrees = _unit(x_RI.dtype, torch.get_num_threads())
     if agrees or x_RI.device.type != "cpu":
         y_RO = F.linear(x_RI, weight_OI)
     else:
         y_RO = torch.cat([F.linear(part, weight_OI) for part in x_RI.split(unit)])
-    return y_RO[:, :outputs].contiguous() if outputs < NARROW else y_RO
+    return y_RO[:, :outputs].contiguous() if spare else y_RO
 
 
 def linear(x: Tensor, weight: Tensor, scale: Tensor | None = None) -> Tensor:

@@ -223,14 +223,26 @@ def test_a_tile_that_is_hidden_changes_no_bit() -> None:
     assert torch.equal(state.result(), before)
 
 
-@settings(deadline=None, max_examples=40)
-@given(st.integers(1, 90), st.integers(1, 300), st.integers(1, 200), st.sampled_from([torch.float32, torch.float64]))
-def test_a_row_does_not_depend_on_its_neighbours(rows: int, inner: int, outer: int, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("threads", [1, 2, 3, 4])
+@settings(deadline=None, max_examples=60)
+@given(
+    st.integers(1, 140), st.one_of(st.integers(1, 700), st.sampled_from([1024, 4096])), st.integers(1, 400),
+    st.sampled_from([torch.float32, torch.float64]), st.integers(0, 2**31),
+)  # fmt: skip
+def test_a_row_does_not_depend_on_its_neighbours(
+    threads: int, rows: int, inner: int, outer: int, dtype: torch.dtype, seed: int
+) -> None:
+    torch.manual_seed(seed)
     x, weight = torch.randn(rows, inner, dtype=dtype), torch.randn(outer, inner, dtype=dtype)
-    many = linear(x, weight)
-    for i in {0, rows // 2, rows - 1}:
-        assert torch.equal(linear(x[i : i + 1], weight)[0], many[i])
-    assert torch.equal(linear(x.flip(0), weight).flip(0), many)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        many = linear(x, weight)
+        for i in {0, rows // 2, rows - 1}:
+            assert torch.equal(linear(x[i : i + 1], weight)[0], many[i])
+        assert torch.equal(linear(x.flip(0), weight).flip(0), many)
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_one_unit_at_a_time_where_the_library_mixes_rows(monkeypatch: pytest.MonkeyPatch) -> None:
