@@ -32,6 +32,7 @@ def generate(
     mode: Annotated[str, typer.Option(help="exact, fake or packed.")] = "exact",
     cache_memory: Annotated[str | None, typer.Option(help="Memory of the cache, such as 2GiB.")] = None,
     disk_cache: Annotated[bool, typer.Option(help="Keep prompts on disk, to reuse them later.")] = True,
+    policy: Annotated[str, typer.Option(help="Where window entries are kept: full, periodic or zero.")] = "periodic",
     json_out: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
 ) -> None:
     """Continue a text with a model."""
@@ -51,7 +52,7 @@ def generate(
     before = read_text(context) if context is not None else None
     text = read_text(file) if file is not None else prompt or ""
     budget = parse_bytes(cache_memory) if cache_memory else None
-    tokenizer, engine = open_model(model, cache_bytes=budget, disk=disk_cache, mode=mode)
+    tokenizer, engine = open_model(model, cache_bytes=budget, disk=disk_cache, policy=policy, mode=mode)
     pieces = [Piece(BOS, special=True)] if ids is None or before is not None else []
     if before is not None:
         pieces.append(Piece(before))

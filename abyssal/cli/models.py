@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from abyssal.encoding.tokenizer import Tokenizer
     from abyssal.engine.disk_cache import DiskCache
     from abyssal.engine.engine import Engine
-    from abyssal.engine.prefix_cache import Policy
     from abyssal.quant.numerics import Numerics
 
 DISK_BYTES = 16 << 30
@@ -80,7 +79,7 @@ def open_disk_cache() -> DiskCache:
 
 
 def open_model(
-    name: str, *, cache_bytes: int | None = None, disk: bool = True, policy: Policy = "periodic", mode: str = "exact"
+    name: str, *, cache_bytes: int | None = None, disk: bool = True, policy: str = "periodic", mode: str = "exact"
 ) -> tuple[Tokenizer, Engine]:
     """A release in memory: as float32 where that fits, else with FP4 and FP8 weights as stored.
 

@@ -60,8 +60,3 @@ class Running:
     def left(self) -> int:
         """Known tokens that have not been read."""
         return len(self.tokens) - (self.cache.position if self.cache is not None else 0)
-
-    @property
-    def decodes(self) -> bool:
-        """Whether it has its state and one token to read."""
-        return self.cache is not None and self.left == 1

@@ -26,7 +26,7 @@ from abyssal.kvcache.memory import SLACK, Memory
 from abyssal.kvcache.sequence import SequenceCache
 
 Policy = Literal["full", "periodic", "zero"]
-POLICIES: tuple[Policy, ...] = get_args(Policy)
+POLICIES: tuple[str, ...] = get_args(Policy)
 REMEMBERED = 1 << 16  # keys of evicted pages, to tell "evicted" from "never seen"
 
 
@@ -78,7 +78,7 @@ class PrefixCache:
         memory: Memory,
         identity: str,
         *,
-        policy: Policy = "periodic",
+        policy: str = "periodic",
         period: int = 1024,
         rings_budget: int = 256 << 20,
         disk: DiskCache | None = None,

@@ -65,17 +65,6 @@ class Sampling:
         if any(not -100 <= bias <= 100 for bias in self.logit_bias.values()):
             raise InputError("a logit bias is beyond -100 to 100: bring it inside")
 
-    @property
-    def plain(self) -> bool:
-        """Whether the largest logit is the choice."""
-        return (
-            self.temperature == 0
-            and not self.logit_bias
-            and not self.presence_penalty
-            and not self.frequency_penalty
-            and self.repetition_penalty == 1
-        )
-
 
 class Sampler:
     """Draws the tokens of one answer.

@@ -47,9 +47,3 @@ class StopStrings:
         """The answer ended otherwise: what was held back belongs to it."""
         self.settled += len(self._rest)
         self._rest = b""
-
-    def copy(self) -> StopStrings:
-        """A second one at the same place."""
-        other = StopStrings([], self._token_bytes)
-        other._texts, other._rest, other.settled, other.found = self._texts, self._rest, self.settled, self.found
-        return other

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Self
-
 import numpy as np
 
 from abyssal.arch.schedule import LayerKind
@@ -151,12 +149,6 @@ class SequenceCache:
     def fixed_bytes(self) -> int:
         """Bytes of the slot."""
         return self.memory.slot_bytes
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.release()
 
 
 def history(position: int, ratio: int) -> int:
