@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,17 +20,22 @@ _MARK = re.escape(DSML)
 _GAP = r"[ \t\r\n]{0,4}"  # blank space that near misses have inside a tag
 _WRAPPER = re.compile(rf"<{_GAP}{_MARK}{_GAP}(tool_?calls?|function_calls){_GAP}>")
 _WRAPPER_END = re.compile(rf"<{_GAP}/{_GAP}{_MARK}{_GAP}(tool_?calls?|function_calls){_GAP}>")
-_INVOKE = re.compile(rf'<{_GAP}{_MARK}{_GAP}invoke{_GAP} name{_GAP}={_GAP}"([^"\n]*)"{_GAP}>')
+_INVOKE = re.compile(rf'<{_GAP}{_MARK}{_GAP}invoke{_GAP} name{_GAP}={_GAP}"([^"]*)"{_GAP}>')
 _INVOKE_END = re.compile(rf"<{_GAP}/{_GAP}{_MARK}{_GAP}invoke{_GAP}>")
 _PARAMETER = re.compile(
-    rf'<{_GAP}{_MARK}{_GAP}parameter{_GAP} name{_GAP}={_GAP}"(.*?)"(?:{_GAP} string{_GAP}={_GAP}"(true|false)")?{_GAP}>',
-    re.DOTALL,
+    rf'<{_GAP}{_MARK}{_GAP}parameter{_GAP} name{_GAP}={_GAP}"([^"]*)"'
+    rf'(?:{_GAP} string{_GAP}={_GAP}"(true|false)")?{_GAP}>'
 )
 _PARAMETER_END = re.compile(rf"<{_GAP}/{_GAP}{_MARK}{_GAP}parameter{_GAP}>")
 # the beginning of a tag of ours: what follows decides which
 _TAG = re.compile(rf"<{_GAP}/?{_GAP}{_MARK}")
 _TAG_BEGUN = re.compile(rf"<{_GAP}/?{_GAP}(?:{'|'.join(re.escape(DSML[:n]) for n in range(len(DSML), -1, -1))})\Z")
+_BLANK = re.compile(r"[ \t\r\n]*")
+_CLOSED_TAG = re.compile(r'(?:[^">]|"[^"]*")*+>')
+LONGEST_MARK = 64  # characters of a closing tag or a special token with all its gaps
 LONGEST_TAG = 2048  # a tag that has not closed by then is none
+_TOKEN = re.compile("|".join(map(re.escape, SPECIAL_TOKENS)))
+SHOWN = 100  # characters of a repair's detail
 # DSML's mark stands inside tags; the others stand alone
 _TOKENS = tuple(token for token in SPECIAL_TOKENS if token != DSML)
 
@@ -128,7 +133,13 @@ class Parser:
         self._index = 0
         self._wrapped = False
         self._fence = ""  # the run of backticks that is open
-        self._line_start = True
+        self._after = ""
+        self._tail = ""  # the last of the content
+        # of the call that is open: how far it is understood, how far it is searched, and what it has so far
+        self._at = self._searched = 0
+        self._parameters: list[tuple[str, str | None, str]] = []
+        self._inside: re.Match[str] | None = None
+        self._stray = False
 
     def feed(self, text: str) -> list[Event]:
         """What one more piece makes certain."""
@@ -139,6 +150,8 @@ class Parser:
         """What is left when the model stopped without its end token (length), or after `End`."""
         self._final = True
         events = self._run()
+        if self._after:
+            events.append(Repair("text_after_end", self._after[:SHOWN]))
         if self._state != self._over:
             if self._state == self._reasoning:
                 events.append(Repair("truncated_reasoning", "the reasoning was not closed"))
@@ -155,15 +168,15 @@ class Parser:
     # states; each consumes from the buffer and says whether it could
 
     def _over(self) -> bool:
-        if self._buffer.strip():
-            self._events.append(Repair("text_after_end", self._buffer.strip()[:100]))
+        if len(self._after) < SHOWN:
+            self._after = (self._after + self._buffer).lstrip()
         self._buffer = ""
         return False
 
     def _reasoning(self) -> bool:
-        at, token = self._next_token(_TOKENS + (DSML,))
+        at, token = self._next_token(SPECIAL_TOKENS)
         if token is None:
-            return self._give(Reasoning, self._held(_TOKENS + (DSML,)))
+            return self._give(Reasoning, self._held(SPECIAL_TOKENS))
         self._emit(Reasoning, self._buffer[:at])
         self._buffer = self._buffer[at + len(token) :]
         if token == THINK_END:
@@ -195,6 +208,8 @@ class Parser:
         behind = self._buffer[run:]
         if not behind and not self._final:
             return False
+        if run >= 2 and len(self._fence) < 3:
+            self._fence = ""  # inline code does not go over a blank line
         if behind and self._fence == "" and self._may_be_block(behind):
             tag = self._whole_tag(behind)
             if tag is None and not self._final:
@@ -204,8 +219,6 @@ class Parser:
                 self._text("\n" * kept)
                 self._buffer = behind
                 return self._mark()
-        if run >= 2 and len(self._fence) < 3:
-            self._fence = ""  # inline code does not go over a blank line
         self._text("\n" * run)
         self._buffer = behind
         return True
@@ -236,7 +249,7 @@ class Parser:
         if not self._final and any(token.startswith(self._buffer) for token in (*_TOKENS, DSML)):
             return False
         if self._fence and _TAG.match(self._buffer):  # prose about the markup
-            return self._pass(len(_TAG.match(self._buffer).group()))  # type: ignore[union-attr]
+            return self._pass(len(_TAG.match(self._buffer).group()), quoted=True)  # type: ignore[union-attr]
         if self._may_be_block(self._buffer):
             tag = self._whole_tag(self._buffer)
             if tag is None and not self._final:
@@ -254,7 +267,7 @@ class Parser:
                 self._events.append(Repair("leaked_token", DSML))
                 self._buffer = self._buffer[len(DSML) :]
                 return True
-            return self._pass(len(DSML))
+            return self._pass(len(DSML), quoted=True)
         return self._pass(1)
 
     def _block(self) -> bool:
@@ -305,57 +318,61 @@ class Parser:
         return True
 
     def _call(self) -> bool:
-        """One call, from its opening tag to its closing one."""
+        """One call, from its opening tag to its closing one; goes on where it had to wait."""
         opening = _INVOKE.match(self._buffer)
         assert opening is not None
-        name, at = opening.group(1), opening.end()
-        parameters: list[tuple[str, str | None, str]] = []
-        stray = False
+        at = self._at = max(self._at, opening.end())
+        self._searched = max(self._searched, at)
         while True:
-            rest = self._buffer[at:]
-            parameter = _PARAMETER.match(rest.lstrip(" \t\r\n"))
-            skipped = len(rest) - len(rest.lstrip(" \t\r\n"))
-            closing = _INVOKE_END.match(rest, skipped)
-            if closing is not None:
-                at += closing.end()
-                break
-            if parameter is not None:
-                begin = skipped + parameter.end()
-                end = _PARAMETER_END.search(rest, begin)
-                over = rest.find(EOS, begin)
-                if end is None or 0 <= over < end.start():
-                    return self._unfinished(at, over)
-                parameters.append((parameter.group(1), parameter.group(2), rest[begin : end.start()]))
-                at += end.end()
-                continue
-            over = rest.find(EOS)
-            found = _TAG.search(rest, skipped)
-            if found is None or 0 <= over < found.start():
-                return self._unfinished(at, over)
-            tag = self._whole_tag(rest[found.start() :])
-            if tag is None:
-                if self._final or len(rest) - found.start() > LONGEST_TAG:
-                    return self._unfinished(at, over)
-                return False
-            if not (_PARAMETER.match(tag) or _INVOKE_END.match(tag)):
-                at += found.start() + len(tag)
-            else:
-                at += found.start()
-            stray = True
+            blank = _BLANK.match(self._buffer, at)
+            begin = max(blank.end() if blank else at, self._searched if not self._inside else at)
+            if not self._inside:
+                found = _TAG.search(self._buffer, begin)
+                over = self._buffer.find(EOS, begin)
+                if found is None or 0 <= over < found.start():
+                    return self._unfinished(over)
+                self._stray |= found.start() > (blank.end() if blank else at)
+                tag = self._whole_tag(self._buffer[found.start() : found.start() + LONGEST_TAG + len(EOS)])
+                if tag is None:
+                    return self._unfinished(over) if over >= 0 or self._final else False
+                at = self._at = self._searched = found.start() + len(tag)
+                if _INVOKE_END.fullmatch(tag):
+                    break
+                parameter = _PARAMETER.fullmatch(tag)
+                if parameter is None:
+                    self._stray = True
+                    continue
+                self._inside = parameter
+            end = _PARAMETER_END.search(self._buffer, self._searched)
+            over = self._buffer.find(EOS, self._searched)
+            if end is None or 0 <= over < end.start():
+                return self._unfinished(over)
+            key, kind = self._inside.groups()
+            self._parameters.append((key, kind, self._buffer[at : end.start()]))
+            self._inside = None
+            at = self._at = self._searched = end.end()
         raw, self._buffer = self._buffer[:at], self._buffer[at:]
-        self._state = self._between
-        self._judge(name, parameters, raw, stray)
+        parameters, stray = self._parameters, self._stray
+        self._leave_call(self._between)
+        self._judge(opening.group(1), parameters, raw, stray)
         return True
 
-    def _unfinished(self, at: int, over: int) -> bool:
-        """A call that did not close: wait, or drop it if nothing more can come."""
+    def _leave_call(self, state: Callable[[], bool]) -> None:
+        self._at = self._searched = 0
+        self._parameters, self._inside, self._stray = [], None, False
+        self._state = state
+
+    def _unfinished(self, over: int) -> bool:
+        """A call that has not closed: wait, or drop it if nothing more can come."""
         if over < 0 and not self._final:
+            # what was searched is not searched again, but for a tag that may have begun
+            self._searched = max(self._searched, self._at, len(self._buffer) - LONGEST_MARK)
             return False
-        end = at + over if over >= 0 else len(self._buffer)
+        end = over if over >= 0 else len(self._buffer)
         self._events.append(Repair("incomplete_call", self._buffer[:end]))
         self._buffer = self._buffer[end:]
-        self._state = self._content
         self._wrapped = False
+        self._leave_call(self._content)
         return True
 
     def _judge(self, name: str, parameters: Sequence[tuple[str, str | None, str]], raw: str, stray: bool) -> None:
@@ -373,7 +390,7 @@ class Parser:
                 values[key] = value
             else:
                 values[key] = text
-                repairs.append(Repair("repaired_argument", f"{name}.{key} is no JSON: {value[:100]}"))
+                repairs.append(Repair("repaired_argument", f"{name}.{key} is no JSON: {value[:SHOWN]}"))
             if kind is None:
                 repairs.append(Repair("repaired_argument", f"{name}.{key} does not say whether it is a string"))
         problem = None
@@ -388,7 +405,7 @@ class Parser:
                 problem = f"{name} lacks {', '.join(map(str, missing))}"
         if problem is not None:
             self._events.append(Repair("rejected_call", problem))
-            self._text(raw.replace(DSML, ""))
+            self._text(_TOKEN.sub("", raw))
             return
         if stray:
             repairs.append(Repair("loose_call", f"{name} has text between its parameters"))
@@ -407,12 +424,23 @@ class Parser:
         self._events.append(End(True))
         self._state = self._over
 
-    def _pass(self, count: int) -> bool:
-        self._text(self._buffer[:count])
+    def _pass(self, count: int, quoted: bool = False) -> bool:
+        self._text(self._buffer[:count], quoted)
         self._buffer = self._buffer[count:]
         return True
 
-    def _text(self, text: str) -> None:
+    def _text(self, text: str, quoted: bool = False) -> None:
+        """Content; where what was taken out would join its neighbours into a special token, a space parts them."""
+        if quoted:
+            self._tail = ""
+        else:
+            joined = self._tail + text
+            found = _TOKEN.search(joined)
+            while found is not None:
+                joined = joined[: found.end() - 1] + " " + joined[found.end() - 1 :]
+                found = _TOKEN.search(joined)
+            text = joined[len(self._tail) :]
+            self._tail = joined[-LONGEST_MARK:]
         self._emit(Text, text)
 
     def _emit(self, kind: type[Reasoning] | type[Text], text: str) -> None:
@@ -449,17 +477,20 @@ class Parser:
         return _TAG.match(text) is not None or (not self._final and _TAG_BEGUN.match(text) is not None)
 
     def _whole_tag(self, text: str) -> str | None:
-        """A tag up to its closing bracket, or None if that has not come."""
-        if _TAG.match(text) is None:
+        """A tag up to the first closing bracket outside quotes, or None if that has not come.
+
+        If it never comes (the answer ends, or the tag grows too long), the mark alone is the tag.
+        """
+        mark = _TAG.match(text)
+        if mark is None:
             return None
-        for pattern in (_WRAPPER, _WRAPPER_END, _INVOKE, _INVOKE_END, _PARAMETER, _PARAMETER_END):
-            found = pattern.match(text)
-            if found is not None:
-                return found.group()
-        end = text.find(">")
-        if end < 0 and len(text) <= LONGEST_TAG:
-            return None
-        return text[: end + 1] if 0 <= end < LONGEST_TAG else text[: _TAG.match(text).end()]  # type: ignore[union-attr]
+        body = text[:LONGEST_TAG]
+        over = body.find(EOS)
+        body = body[:over] if over >= 0 else body
+        found = _CLOSED_TAG.match(body, mark.end())
+        if found is not None:
+            return found.string[: found.end()]
+        return mark.group() if over >= 0 or self._final or len(text) >= LONGEST_TAG else None
 
     @staticmethod
     def _opens(text: str) -> bool:

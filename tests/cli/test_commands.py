@@ -109,6 +109,35 @@ def test_a_second_question_about_a_file_reuses_it(tmp_path: Path) -> None:
     assert json.loads(abyssal("cache", "stats", "--json", env=home).stdout)["entries"] == 0
 
 
+def test_encode_and_parse(tmp_path: Path) -> None:
+    golden = Path(__file__).parents[1] / "golden"
+    case = json.loads((golden / "official_1.json").read_text(encoding="utf-8"))
+    (tmp_path / "all.json").write_text(json.dumps(case["input"]))
+    (tmp_path / "messages.json").write_text(json.dumps(case["input"]["messages"]))
+    (tmp_path / "tools.json").write_text(json.dumps(case["input"]["tools"]))
+    whole = abyssal("encode", tmp_path / "all.json", "--thinking").stdout
+    parts = abyssal("encode", tmp_path / "messages.json", "--tools", tmp_path / "tools.json", "--thinking").stdout
+    assert whole == parts == case["expected_prompt"]
+    (tmp_path / "ask.json").write_text('[{"role": "user", "content": "news"}]')
+    assert abyssal("encode", tmp_path / "ask.json", "--task", "query").stdout.endswith("news<｜query｜>")
+    effort = ("encode", tmp_path / "ask.json", "--thinking", "--effort", "max", "--snapshot")
+    assert "Absolute maximum" in abyssal(*effort, "april").stdout
+    assert "Beyond maximum" in abyssal(*effort, "0731").stdout
+    wrong = [["--effort", "huge"], ["--snapshot", "may"], ["--task", "sing"]]
+    for options in wrong:
+        abyssal("encode", tmp_path / "ask.json", *options, code=2)
+    (tmp_path / "bad.json").write_text("{")
+    abyssal("encode", tmp_path / "bad.json", code=2)
+    answer = whole[whole.index("<｜Assistant｜><think>") + len("<｜Assistant｜><think>") :]
+    (tmp_path / "answer.txt").write_text(answer[: answer.index("<｜User｜>")], encoding="utf-8")
+    found = json.loads(abyssal("parse", tmp_path / "answer.txt", "--thinking").stdout)
+    assert found["tool_calls"][0]["function"]["name"] == "get_weather"
+    assert json.loads(found["tool_calls"][0]["function"]["arguments"]) == {"location": "Beijing", "unit": "celsius"}
+    (tmp_path / "none.json").write_text("[]")
+    result = abyssal("parse", tmp_path / "answer.txt", "--thinking", "--tools", tmp_path / "none.json")
+    assert not json.loads(result.stdout)["tool_calls"] and "rejected_call: no tool" in result.stderr
+
+
 def test_generate_obeys_grammars_and_stop_strings(tmp_path: Path) -> None:
     schema = {"type": "object", "properties": {"n": {"type": "integer"}}, "required": ["n"], "maxProperties": 1}
     (tmp_path / "schema.json").write_text(json.dumps(schema))
