@@ -19,6 +19,7 @@ from abyssal.cli.generate import generate
 from abyssal.cli.inspect import inspect
 from abyssal.cli.logits import logits
 from abyssal.cli.make_release import make_release
+from abyssal.cli.serve import serve
 
 app = typer.Typer(
     help="DeepSeek-V4 in Python: run, read and convert its models.",
@@ -26,7 +27,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for verb in (inspect, generate, chat, logits, encode, parse, make_release, convert):
+for verb in (inspect, generate, chat, serve, logits, encode, parse, make_release, convert):
     app.command()(verb)
 app.add_typer(cache, name="cache")
 

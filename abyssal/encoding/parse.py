@@ -126,7 +126,6 @@ class Parser:
         self._tools = None if tools is None else {str(tool["name"]): tool for tool in tools}
         self._allow = allow_calls
         self._state = self._reasoning if thinking else self._content
-        self._thinking = thinking
         self._buffer = ""
         self._final = False
         self._events: list[Event] = []
@@ -140,6 +139,11 @@ class Parser:
         self._parameters: list[tuple[str, str | None, str]] = []
         self._inside: re.Match[str] | None = None
         self._stray = False
+
+    @property
+    def thinking(self) -> bool:
+        """Whether the next piece continues the reasoning."""
+        return self._state == self._reasoning
 
     def feed(self, text: str) -> list[Event]:
         """What one more piece makes certain."""

@@ -109,6 +109,34 @@ def test_a_second_question_about_a_file_reuses_it(tmp_path: Path) -> None:
     assert json.loads(abyssal("cache", "stats", "--json", env=home).stdout)["entries"] == 0
 
 
+def test_serve_answers_and_ends_when_asked(tmp_path: Path) -> None:
+    import openai
+
+    command = [sys.executable, "-c", "from abyssal.cli.main import main; main()", "serve", "--port", "0"]
+    process = subprocess.Popen([*command, "--cache-memory", "512MiB"], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    try:
+        assert process.stdout is not None and process.stderr is not None
+        line = process.stdout.readline().decode()
+        assert line.startswith("listening on http://127.0.0.1:")
+        client = openai.OpenAI(base_url=line.split()[-1] + "/v1", api_key="none")
+        answer = client.chat.completions.create(
+            model="nano", messages=[{"role": "user", "content": "hello"}], max_tokens=5
+        )
+        assert answer.usage is not None and answer.usage.completion_tokens <= 5
+        port = line.strip().rsplit(":", 1)[1]
+        assert "choose another port" in abyssal("serve", "--port", port, code=2).stderr
+        process.send_signal(signal.SIGINT)
+        assert process.wait(40) in (0, 130)
+        assert b"Traceback" not in process.stderr.read()
+    finally:
+        process.kill()
+        process.wait()
+        for stream in (process.stdout, process.stderr):
+            if stream is not None:
+                stream.close()
+    assert "give --api-key" in abyssal("serve", "--host", "0.0.0.0", code=2).stderr
+
+
 def test_encode_and_parse(tmp_path: Path) -> None:
     golden = Path(__file__).parents[1] / "golden"
     case = json.loads((golden / "official_1.json").read_text(encoding="utf-8"))

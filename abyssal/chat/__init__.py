@@ -1,0 +1,1 @@
+"""Messages in, events out: one protocol for every wire and every engine."""

@@ -1,0 +1,1 @@
+"""Wires over `chat`: HTTP requests in, one event stream out."""
