@@ -68,10 +68,11 @@ class Theirs:
         ours = model()
         self.model = hf.build(ours.config.to_dict(), ours.state_dict(), torch.float32)
         self.cache = DynamicCache(config=self.model.config)
+        self.with_cache = hf.with_cache
 
     def step(self, ids: torch.Tensor) -> torch.Tensor:
         """Logits after the last token."""
-        return self.model(ids[None], past_key_values=self.cache, use_cache=True, logits_to_keep=1).logits[0, -1]
+        return self.with_cache(self.model, ids[None], self.cache, logits_to_keep=1)[0, -1]
 
 
 def measure(side: str, context: int) -> dict[str, Any]:

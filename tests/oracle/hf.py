@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import inspect
 import re
 import sys
 import types
@@ -216,6 +217,12 @@ def logits(model: Any, ids: Sequence[int]) -> Tensor:
     return model(torch.tensor([list(ids)]), use_cache=False).logits[0]
 
 
+def with_cache(model: Any, ids_BS: Tensor, cache: DynamicCache, **more: Any) -> Tensor:
+    """Logits of tokens behind a cache; 5.24 renamed the argument."""
+    name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+    return model(ids_BS, use_cache=True, **{name: cache}, **more).logits
+
+
 @torch.no_grad()
 def hf_logits_chunked(model: Any, ids: Sequence[int], chunks: Sequence[int]) -> Tensor:
     """[S, V], fed in chunks of the given sizes through transformers' own cache."""
@@ -223,7 +230,7 @@ def hf_logits_chunked(model: Any, ids: Sequence[int], chunks: Sequence[int]) -> 
     cache, done, out = DynamicCache(config=model.config), 0, []
     for size in chunks:
         piece = torch.tensor([list(ids[done : done + size])])
-        out.append(model(piece, past_key_values=cache, use_cache=True).logits[0])
+        out.append(with_cache(model, piece, cache)[0])
         done += size
     return torch.cat(out)
 
