@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from torch import Tensor
@@ -26,6 +27,9 @@ class Running:
         cache: its state, or None while it waits for memory.
         limit: tokens that prompt and answer may have together.
         matcher: the grammar once it holds.
+        pending: the grammar before that, at its beginning.
+        seen: how many of `Request.grammar_after` have come.
+        blocks: what the indexers chose for the token that was read last, for a trace.
         node: where its pages end in the prefix cache.
         served: the step in which it was last served.
         arrived: order of arrival.
@@ -43,6 +47,9 @@ class Running:
     stops: StopStrings | None
     cache: SequenceCache | None = None
     matcher: Matcher | None = None
+    pending: Matcher | None = None
+    seen: int = 0
+    blocks: tuple[Sequence[int], ...] = ()
     node: Node | None = None
     served: int = -1
     arrived: int = 0

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import itertools
 import time
+from array import array
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -24,7 +25,7 @@ from abyssal.engine import speculative
 from abyssal.engine.answer import Running
 from abyssal.engine.grammar import GrammarCompiler
 from abyssal.engine.prefix_cache import PrefixCache
-from abyssal.engine.request import Answer, Event, PrefixUse, Request
+from abyssal.engine.request import Answer, Event, PrefixUse, Request, Score
 from abyssal.engine.runner import Runner
 from abyssal.engine.sampler import Sampler
 from abyssal.engine.scheduler import Job, Work, plan
@@ -37,6 +38,7 @@ STEP_TOKENS = 1024
 SLOTS = 64
 PROMPTS_AT_ONCE = 4  # being read; those behind them can then reuse what they share
 SHARE_OF_FREE = 0.5  # of the free memory, for the cache, unless a budget is given
+SCORED_ROWS = 64  # rows of a prompt whose logits are held at once
 TINY = 1e-9
 
 
@@ -53,6 +55,7 @@ class Record:
         decode_s: seconds from the first token to the last.
         drafted, accepted: tokens that the MTP block drafted, and how many of them stood.
         preempted: how often it gave its memory back and was read again.
+        scores: of the prompt's tokens, if they were asked for; the first has none.
     """
 
     prompt_tokens: int
@@ -65,6 +68,7 @@ class Record:
     drafted: int = 0
     accepted: int = 0
     preempted: int = 0
+    scores: list[Score | None] = field(default_factory=list)
     began: float = field(default_factory=time.monotonic)
     admitted: float | None = None
     first_token: float | None = None
@@ -180,11 +184,14 @@ class Engine:
                 Sampler(request.sampling, choice), stops if request.stop_strings else None,
             )  # fmt: skip
             run.arrived = run.number
-            if matcher is not None and not request.grammar_after:
-                run.matcher = matcher.copy()
+            if matcher is not None:
+                started = matcher.copy()
+                run.matcher, run.pending = (None, started) if request.grammar_after else (started, None)
             runs.append(run)
         runs[0].siblings = runs[1:]
         self.records[number] = Record(len(prompt), [Answer() for _ in runs])
+        if request.score_prompt:
+            self.records[number].scores = [None] * len(prompt)
         self._waiting.append(runs[0])
         return number
 
@@ -220,6 +227,11 @@ class Engine:
     def waiting(self) -> int:
         """Answers that wait for memory."""
         return len(self._waiting)
+
+    @property
+    def running(self) -> int:
+        """Answers that are being made."""
+        return len(self._running)
 
     def forget(self, number: int) -> Record:
         """Take a finished request's record out."""
@@ -265,7 +277,10 @@ class Engine:
         for run, work, cache in zip(runs, works, caches, strict=True):
             run.served = self._steps
             ids.append([*run.tokens[cache.position : cache.position + work.tokens], *drafts.get(run.number, [])])
-        output = self.runner.run(caches, ids)
+        output = self.runner.run(caches, ids, watch=any(run.request.trace for run in runs))
+        for i, run in enumerate(runs):
+            if run.request.trace:
+                run.blocks = tuple(array("I", layer[i].tolist()) for layer in output.chosen)
         return self._after(runs, ids, output.z_TD, output.streams_TND)
 
     def _job(self, run: Running) -> Job:
@@ -309,6 +324,8 @@ class Engine:
             if extra >= 0:  # every known token is read: the rows of the last one and of the drafts count
                 begins[run.number] = len(rows)
                 rows += range(first + len(tokens) - 1 - extra, first + len(tokens))
+            if run.request.score_prompt:
+                self._score(run, z_TD[first : first + len(tokens)], run.cache.position - len(tokens))
             first += len(tokens)
             self._note_prompt(run)
         logits = self.runner.logits(z_TD[rows]) if rows else np.zeros((0, 0))
@@ -320,6 +337,20 @@ class Engine:
                 for sibling in self._split(run):
                     events += self._choose(sibling, logits[begin : begin + extra + 1], drafted)
         return events
+
+    def _score(self, run: Running, z_TD: Tensor, start: int) -> None:
+        """Log-probabilities of the prompt's tokens behind each of these rows, which begin at `start`."""
+        record, prompt = self.records[run.request_number], run.request.prompt
+        for first in range(0, len(z_TD), SCORED_ROWS):
+            rows = z_TD[first : first + SCORED_ROWS]
+            if start + first + 1 >= len(prompt):
+                return
+            for i, logits in enumerate(self.runner.logits(rows)):
+                place = start + first + i + 1
+                if place < len(prompt):
+                    logprobs = _logprobs(logits)
+                    top = _likeliest(logprobs, run.request.top_logprobs)
+                    record.scores[place] = Score(prompt[place], float(logprobs[prompt[place]]), top)
 
     def _note_prompt(self, run: Running) -> None:
         """Keep what is complete in the prefix cache."""
@@ -345,6 +376,7 @@ class Engine:
             sibling.mtp_position, sibling.mtp_since = run.mtp_position, run.mtp_since
             sibling.streams_TND = run.streams_TND
             sibling.node = run.node
+            sibling.blocks = run.blocks
             self._running[sibling.number] = sibling
         return [run, *siblings]
 
@@ -385,9 +417,11 @@ class Engine:
         request = run.request
         allowed = run.matcher.allowed() if run.matcher is not None else None
         answer = run.answer
-        token = run.sampler.draw(logits, len(answer), request.prompt, answer, allowed)
-        shifted = logits - logits.max()
-        logprobs = shifted - np.log(np.exp(shifted).sum())
+        if request.close is not None and len(answer) >= request.close[1] and request.close[0] not in answer:
+            token = request.close[0]
+        else:
+            token = run.sampler.draw(logits, len(answer), request.prompt, answer, allowed)
+        logprobs = _logprobs(logits)
         run.tokens.append(token)
         finish = None
         if token in request.stop or (run.stops is not None and run.stops.add(token)):
@@ -407,6 +441,7 @@ class Engine:
             _likeliest(logprobs, request.top_logprobs),
             finish,  # type: ignore[arg-type]
             run.stops.settled if run.stops is not None else None,
+            blocks=run.blocks,
         )
         if finish is not None:
             return self._end(run, event)
@@ -417,10 +452,10 @@ class Engine:
         request = run.request
         if run.matcher is not None:
             run.matcher.accept(token)
-        elif request.grammar is not None and request.grammar_after and self._grammars is not None:
-            after = request.grammar_after
-            if tuple(run.answer[-len(after) :]) == after:
-                run.matcher = self._grammars.start(request.grammar)
+        elif run.pending is not None and token == request.grammar_after[run.seen]:
+            run.seen += 1
+            if run.seen == len(request.grammar_after):
+                run.matcher, run.pending = run.pending, None
 
     def _end(self, run: Running, event: Event) -> Event:
         """Free what an answer holds."""
@@ -452,7 +487,7 @@ class Engine:
                 return
             cache = SequenceCache(self.memory)
             record = self.records[run.request_number]
-            if self.prefix is not None:
+            if self.prefix is not None and not run.request.score_prompt:
                 use, run.node = self.prefix.attach(cache, run.tokens)
                 record.prefix = record.prefix if record.admitted is not None else use
             missing = self.memory.pages_for(len(run.tokens)) - len(cache.pages)
@@ -505,6 +540,11 @@ class Engine:
         del self._running[run.number]
         self._waiting.appendleft(run)
         self.records[run.request_number].preempted += 1
+
+
+def _logprobs(logits: NDArray[np.float64]) -> NDArray[np.float64]:
+    shifted = logits - logits.max()
+    return shifted - np.log(np.exp(shifted).sum())
 
 
 def _likeliest(logprobs: NDArray[np.float64], count: int) -> tuple[tuple[int, float], ...]:

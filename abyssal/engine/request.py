@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -25,7 +26,10 @@ class Request:
         n: answers to one prompt, which is read once.
         top_logprobs: how many of the likeliest tokens to report beside each chosen one.
         grammar: what the answer must match, or None.
-        grammar_after: ids after which the grammar begins to hold; empty for from the first token on.
+        grammar_after: ids that must have come, in this order, before the grammar holds; none: from the start.
+        close: a token and a number: where the answer has so many tokens without it, it comes next.
+        score_prompt: report the log-probabilities of the prompt's own tokens; nothing is reused then.
+        trace: report which blocks the indexers chose for each token.
         drafts: tokens that the MTP block drafts for each step, 0 for none; the answer is the same.
 
     Raises:
@@ -41,6 +45,9 @@ class Request:
     top_logprobs: int = 0
     grammar: Grammar | None = None
     grammar_after: tuple[int, ...] = ()
+    close: tuple[int, int] | None = None
+    score_prompt: bool = False
+    trace: bool = False
     drafts: int = 0
 
     def __post_init__(self) -> None:
@@ -54,6 +61,8 @@ class Request:
             raise InputError(f"drafts is {self.drafts}: use 0 to 8")
         if any(not text for text in self.stop_strings):
             raise InputError("a stop string is empty: leave it out")
+        if self.close is not None and self.close[1] < 0:
+            raise InputError(f"close holds {self.close[1]} tokens: give 0 or more")
         if self.grammar_after and self.grammar is None:
             raise InputError("grammar_after is given without a grammar: give both or neither")
 
@@ -88,6 +97,7 @@ class Event:
         finish: why the answer ends with this token, or None.
         settled: bytes of the answer that no stop string can still take back; None without stop strings.
         error: what failed.
+        blocks: for a trace: for each CSA layer, the numbers of the blocks that were read, in rising order.
     """
 
     request: int
@@ -98,6 +108,16 @@ class Event:
     finish: FinishReason | None = None
     settled: int | None = None
     error: str | None = None
+    blocks: tuple[Sequence[int], ...] = ()
+
+
+@dataclass(frozen=True)
+class Score:
+    """How likely a token of a prompt was, and what was likelier in its place."""
+
+    token: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
 
 
 @dataclass

@@ -33,14 +33,16 @@ class Runner:
         small = self._small and tokens <= SMALL_PASS and context <= SHORT
         torch.set_num_threads(1 if small else self._threads)
 
-    def run(self, caches: Sequence[SequenceCache], tokens: Sequence[Sequence[int]]) -> Output:
-        """One pass; the caches advance. Rows lie in the order of the sequences."""
+    def run(
+        self, caches: Sequence[SequenceCache], tokens: Sequence[Sequence[int]], *, watch: bool = False
+    ) -> Output:
+        """One pass; the caches advance. Rows lie in the order of the sequences; `watch` as `Transformer.run`."""
         lengths = [len(ids) for ids in tokens]
         self._use_threads(sum(lengths), sum(cache.position for cache in caches))
         ids_T = torch.from_numpy(np.concatenate([np.asarray(ids, np.int64) for ids in tokens]))
         with torch.inference_mode():
             try:
-                return self.model.run(ids_T, caches, lengths)
+                return self.model.run(ids_T, caches, lengths, watch=watch)
             finally:
                 torch.set_num_threads(self._threads)
 

@@ -135,6 +135,7 @@ class Batch:
         padded: rows of the packed tensors, the next multiple of `unit`.
         unit: rows of which products are a multiple.
         positions: [padded], 0 for rows of nobody.
+        watched: where the indexers of the CSA layers note what the last token of each span reads, or None.
     """
 
     def __init__(
@@ -162,6 +163,7 @@ class Batch:
         for span in self.spans:
             self._positions[span.first : span.first + span.length] = np.arange(span.start, span.start + span.length)
         self.positions = torch.from_numpy(self._positions)
+        self.watched: list[list[NDArray[np.int64]]] | None = None
         self._blocks: dict[int, BlockPlan] = {}
         self._few: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
 

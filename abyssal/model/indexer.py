@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -55,6 +56,10 @@ class Indexer(nn.Module):
         k, ratio = self.config.index_topk, memory.ratio
         rows, mask = batch.first_rows(ratio, k)
         visible = batch.visible(ratio)
+        last = [span.first + span.length - 1 for span in batch.spans]
+        noted = [np.arange(min(int(visible[row]), k)) for row in last]
+        if batch.watched is not None:
+            batch.watched.append(noted)
         if int(visible.max()) <= k:
             return rows, mask
         with torch.no_grad():  # a choice has no gradient
@@ -75,6 +80,10 @@ class Indexer(nn.Module):
                 blocks = choose(group.take(q_TIJ), group.take(weights_TI), seen, k, read, most)
                 rows[group.rows] = batch.rows_of_chosen(group, ratio, blocks).flatten(0, 1)
                 mask[group.rows] = (blocks >= 0).flatten(0, 1)
+                if batch.watched is not None:
+                    first = batch.spans.index(group.spans[0])
+                    for i, chosen in enumerate(blocks[:, -1]):
+                        noted[first + i] = chosen[chosen >= 0].numpy()
         return rows, mask
 
     def _queries(self, latent_TQ: Tensor, x_TD: Tensor, turn_T: Tensor) -> tuple[Tensor, Tensor]:

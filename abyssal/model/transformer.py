@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from abyssal.arch.config import ModelConfig
@@ -43,10 +45,12 @@ class Output:
     Attributes:
         streams_TND: the streams after the last block, before the collapse; the MTP block reads them.
         z_TD: collapsed and normed hidden states, which the head reads.
+        chosen: if it was watched: for each CSA layer and sequence, the blocks that the last token read.
     """
 
     streams_TND: Tensor
     z_TD: Tensor
+    chosen: list[list[NDArray[np.int64]]] = field(default_factory=list)
 
 
 def check_ids(ids: Tensor, vocab_size: int) -> None:
@@ -118,7 +122,14 @@ class Transformer(nn.Module):
         lengths = [ids_BS.shape[1]] * len(caches)
         return self.logits(self.run(ids_BS.flatten(), caches, lengths).z_TD).unflatten(0, ids_BS.shape)
 
-    def run(self, ids_T: Tensor, caches: Sequence[SequenceCache], lengths: Sequence[int] | None = None) -> Output:
+    def run(
+        self,
+        ids_T: Tensor,
+        caches: Sequence[SequenceCache],
+        lengths: Sequence[int] | None = None,
+        *,
+        watch: bool = False,
+    ) -> Output:
         """One pass over packed tokens of sequences of any lengths, each at its own position.
 
         The result for a sequence has the same bits whatever else is in the pass and however its tokens are
@@ -128,6 +139,7 @@ class Transformer(nn.Module):
             ids_T: tokens of all sequences, one sequence after another.
             caches: the state of each, all in one memory; advanced.
             lengths: tokens of each; needed when there is more than one.
+            watch: report which blocks the indexers choose.
         Raises:
             TokenError: an id is outside the vocabulary, or there is no token.
             ValueError: the lengths do not add up.
@@ -142,6 +154,7 @@ class Transformer(nn.Module):
         for cache, length in zip(caches, lengths, strict=True):
             cache.reserve(length)
         batch = Batch(caches, lengths)
+        batch.watched = [] if watch else None
         ids_T = batch.pad(ids_T)
         streams_TND = self.enter(ids_T)
         turns = {ratio: self.ropes[ratio].at(batch.positions) for ratio in set(self.config.backbone_ratios)}
@@ -149,7 +162,7 @@ class Transformer(nn.Module):
             streams_TND = block(streams_TND, ids_T, batch, memory, self.ropes[ratio], turns[ratio])
         for cache, length in zip(caches, lengths, strict=True):
             cache.advance(length)
-        return Output(streams_TND[: batch.count], self.leave(streams_TND)[: batch.count])
+        return Output(streams_TND[: batch.count], self.leave(streams_TND)[: batch.count], batch.watched or [])
 
     def enter(self, ids_T: Tensor) -> Tensor:
         """Embed tokens and copy them into every stream, unscaled, [T, N, D]."""

@@ -122,3 +122,24 @@ def test_a_grammar_without_a_tokenizer_is_refused(engine: Engine) -> None:
         bare.add(Request(prompt=(1,), max_tokens=1, grammar=Grammar("regex", "a")))
     with pytest.raises(InputError, match="need a tokenizer"):
         bare.add(Request(prompt=(1,), max_tokens=1, stop_strings=("a",)))
+
+
+def test_a_grammar_waits_for_its_tokens_in_their_order(engine: Engine, tokenizer: Tokenizer) -> None:
+    """A comma, then a full stop behind it; a full stop before the comma does not count."""
+    comma, stop, end = tokenizer.encode(",")[0], tokenizer.encode(".")[0], tokenizer.special(EOS)
+    met = early = 0
+    for seed in range(16):
+        request = Request(
+            prompt=(0, *tokenizer.encode("In the beginning")), max_tokens=150, sampling=Sampling(seed=seed),
+            grammar=Grammar("regex", " [0-9]{3}"), grammar_after=(comma, stop), stop=(end,),
+        )  # fmt: skip
+        number, events = engine.stream(request)
+        list(events)
+        tokens = engine.records[number].answers[0].tokens
+        first = tokens.index(comma) if comma in tokens else len(tokens)
+        early += stop in tokens[:first]
+        if stop in tokens[first:]:
+            bound = tokens[tokens.index(stop, first) + 1 :]
+            assert re.fullmatch(" [0-9]{3}", tokenizer.decode(bound)), tokenizer.decode(tokens)
+            met += 1
+    assert met >= 4 and early >= 1
