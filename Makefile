@@ -8,18 +8,23 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: run test lint clean
+PORT ?= 8000
+.PHONY: run test lint browser clean
 
 run: $(VENV)/.installed
-	@if [ -t 0 ] && [ -t 1 ]; then $(BIN)/abyssal chat; \
-	else $(BIN)/abyssal generate --prompt "And the king said unto" --temperature 0.6 --seed 2; fi
+	@$(BIN)/abyssal serve --port $(PORT)
 
-test: $(VENV)/.installed-test lint
+test: $(VENV)/.installed-test browser lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+# the web chat is tested in a real browser; without root, install it by hand
+browser:
+	@command -v chromium >/dev/null || [ "$$(id -u)" != 0 ] || ! command -v apt-get >/dev/null || \
+	  { apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium fonts-dejavu-core >/dev/null; }
 
 $(VENV)/.torch:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \

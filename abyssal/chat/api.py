@@ -14,7 +14,8 @@ from abyssal.encoding.messages import Message
 from abyssal.encoding.snapshots import Effort, Snapshot
 from abyssal.encoding.tokenizer import Piece
 
-FinishReason = Literal["stop", "length", "tool_calls", "failed"]
+FinishReason = Literal["stop", "length", "tool_calls", "interrupted", "failed"]
+ToolMode = Literal["auto", "none", "required"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,36 +41,60 @@ class ChatRequest:
         messages: the conversation; tools stand in its messages.
         thinking: thinking mode, or Non-think.
         effort: how much to think.
+        allow_effort_fallback: high instead of max where the context is too short for Think Max.
+        max_reasoning: most tokens of thinking, after which it is closed; None for no limit.
         max_tokens: most tokens of an answer, thinking included; None for what the context leaves.
-        use_tools: False for tool_choice "none".
+        tool_mode: whether tools may, must not or must be called.
+        tool_name: the one tool that "required" means, or None for any.
+        parallel_calls: whether an answer may make several calls.
+        schema: JSON schema that the content must match, or None.
+        schema_strict: refuse a schema that cannot be enforced whole, instead of enforcing what can be.
         stop: texts that end the content.
         top_logprobs: None for no log-probabilities, else how many beside the chosen token.
         n: answers.
+        trace: say for each token what a trace page shows; see `TokenInfo.blocks` and `PromptUse.ids`.
     """
 
     messages: tuple[Message, ...]
     thinking: bool = True
     effort: Effort | None = None
+    allow_effort_fallback: bool = False
+    max_reasoning: int | None = None
     max_tokens: int | None = None
     sampling: Sampling = field(default_factory=Sampling)
-    use_tools: bool = True
+    tool_mode: ToolMode = "auto"
+    tool_name: str | None = None
+    parallel_calls: bool = True
+    schema: Mapping[str, Any] | None = None
+    schema_strict: bool = False
     stop: tuple[str, ...] = ()
     top_logprobs: int | None = None
     n: int = 1
+    trace: bool = False
 
     @property
     def tools(self) -> tuple[Mapping[str, Any], ...]:
         """All function objects that the messages define."""
         return tuple(tool for message in self.messages for tool in message.tools)
 
+    @property
+    def answer_thinks(self) -> bool:
+        """Whether the answer begins with thinking; what continues a prefix does not."""
+        return self.thinking and self.messages[-1].role != "assistant"
+
 
 @dataclass(frozen=True)
 class TokenInfo:
-    """A token, its log-probability, and the likeliest ones in its place."""
+    """A token, its log-probability, and the likeliest ones in its place.
+
+    Attributes:
+        blocks: for a trace: of each CSA layer, the compressed blocks that the indexer chose for this token.
+    """
 
     token: int
     logprob: float
     top: tuple[tuple[int, float], ...] = ()
+    blocks: tuple[Sequence[int], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -115,7 +140,7 @@ class Repaired:
 
 @dataclass(frozen=True)
 class TokensRead:
-    """Tokens of an answer with their log-probabilities, when they were asked for."""
+    """Tokens of an answer, where the completer names them."""
 
     choice: int
     tokens: tuple[TokenInfo, ...]
@@ -123,11 +148,12 @@ class TokensRead:
 
 @dataclass(frozen=True)
 class Finished:
-    """An answer is over; `error` says what failed."""
+    """An answer is over; `error` says what failed, `stop` which stop text ended it."""
 
     choice: int
     reason: FinishReason
     error: str | None = None
+    stop: str | None = None
 
 
 @dataclass(frozen=True)
@@ -147,18 +173,73 @@ class Usage:
     cache_reason: str = ""
 
 
-ChatEvent = Accepted | ReasoningDelta | TextDelta | CallMade | Repaired | TokensRead | Finished | Usage
+@dataclass(frozen=True)
+class PromptUse:
+    """The prompt is read; comes before the first token.
+
+    Attributes:
+        tokens: of the prompt, of which `cached` were reused.
+        reason: why not more was reused.
+        ids: the tokens, for a trace.
+        scores: of a prompt whose log-probabilities were asked for, its tokens; the first has none.
+    """
+
+    tokens: int
+    cached: int
+    reason: str = ""
+    ids: tuple[int, ...] = ()
+    scores: tuple[TokenInfo | None, ...] = ()
+
+
+ChatEvent = Accepted | PromptUse | ReasoningDelta | TextDelta | CallMade | Repaired | TokensRead | Finished | Usage
+
+
+@dataclass(frozen=True)
+class Constraint:
+    """What an answer must match from some place on.
+
+    Attributes:
+        grammar: in llguidance's dialect of Lark; a special piece stands for that one token.
+        after: special tokens that must have come, in this order, before the grammar holds; none: from the start.
+        lead: how every answer begins that matches; for engines that cannot be bound to a grammar.
+        schema: the JSON schema that all of the answer matches, where it is one; for the same engines.
+    """
+
+    grammar: tuple[Piece, ...]
+    after: tuple[str, ...] = ()
+    lead: str = ""
+    schema: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Completion:
-    """Prompt pieces to continue, and how."""
+    """A prompt to continue, and how.
 
-    prompt: Sequence[Piece]
+    Attributes:
+        prompt: pieces, or token ids.
+        max_tokens: most tokens of an answer; None for what the context leaves.
+        top_logprobs: how many to report beside each token; None for no log-probabilities.
+        optional_logprobs: they are for a trace alone; who pays for them may leave them out.
+        banned: special tokens that must not come.
+        constraint: what the answer must match, or None.
+        max_reasoning: tokens after which an unclosed thinking is closed, or None.
+        stop: texts that end the answer and are no part of it.
+        score_prompt: report the log-probabilities of the prompt's own tokens.
+        trace: report prompt ids and chosen blocks.
+    """
+
+    prompt: Sequence[Piece] | Sequence[int]
     max_tokens: int | None
     sampling: Sampling
-    top_logprobs: int = 0
+    top_logprobs: int | None = None
+    optional_logprobs: bool = False
     n: int = 1
+    banned: tuple[str, ...] = ()
+    constraint: Constraint | None = None
+    max_reasoning: int | None = None
+    stop: tuple[str, ...] = ()
+    score_prompt: bool = False
+    trace: bool = False
 
 
 @dataclass(frozen=True)
@@ -170,22 +251,35 @@ class Continued:
         text: what it spells, special tokens spelled out; may be empty until a character is whole.
         info: the token, where known.
         finish: why it is over, or None.
+        count: how many tokens it is; None for one if it is named, else none.
     """
 
     choice: int
     text: str
     info: TokenInfo | None = None
-    finish: Literal["stop", "length", "failed"] | None = None
+    finish: Literal["stop", "length", "interrupted", "failed"] | None = None
     error: str | None = None
+    count: int | None = None
+
+    @property
+    def tokens(self) -> int:
+        """How many tokens it is."""
+        return int(self.info is not None) if self.count is None else self.count
 
 
 @dataclass(frozen=True)
-class PromptUse:
-    """Tokens of a prompt, how many were reused, and why not more; comes before the first token."""
+class Load:
+    """What a completer is busy with.
 
-    tokens: int
-    cached: int
-    reason: str = ""
+    Attributes:
+        running: answers that are being made.
+        waiting: answers that wait for memory.
+        cache_used: share of the cache's memory that is taken, 0 to 1.
+    """
+
+    running: int = 0
+    waiting: int = 0
+    cache_used: float = 0.0
 
 
 class Completer(Protocol):
@@ -203,8 +297,25 @@ class Completer(Protocol):
     def snapshot(self) -> Snapshot:
         """Whose encoding the model knows."""
 
+    def encode(self, prompt: Sequence[Piece]) -> list[int]:
+        """Token ids of a prompt.
+
+        Raises:
+            InputError: this completer has no tokenizer, or a special token is unknown to it.
+        """
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of token ids, special tokens spelled out.
+
+        Raises:
+            InputError: an id has no text, or this completer has no tokenizer.
+        """
+
     def token_bytes(self, token: int) -> bytes:
         """The bytes of a token."""
+
+    def special(self, text: str) -> int | None:
+        """The id of a special token, or None if the model has none of this text."""
 
     def count(self, prompt: Sequence[Piece]) -> int:
         """Tokens of a prompt."""
@@ -216,3 +327,9 @@ class Completer(Protocol):
             InputError: the request cannot be done; nothing has been said yet.
             CapacityError: there is no memory for it at all.
         """
+
+    def load(self) -> Load:
+        """What it is busy with, for operators."""
+
+    def interrupt(self) -> None:
+        """End everything that runs with the finish reason "interrupted"."""

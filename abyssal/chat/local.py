@@ -3,19 +3,54 @@
 from __future__ import annotations
 
 import asyncio
+import codecs
 import queue
 import threading
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 
-from abyssal.base.errors import AbyssalError, RunError
-from abyssal.chat.api import Accepted, Completion, Continued, PromptUse, TokenInfo
-from abyssal.encoding.literals import EOS
+from abyssal.base.errors import AbyssalError, RunError, TokenError
+from abyssal.chat.api import Accepted, Completion, Continued, Load, PromptUse, TokenInfo
+from abyssal.chat.constraint import lark_text
+from abyssal.encoding.literals import EOS, THINK_END
 from abyssal.encoding.snapshots import Snapshot
 from abyssal.encoding.tokenizer import Piece, Tokenizer
 from abyssal.engine.engine import Engine
+from abyssal.engine.grammar import Grammar
 from abyssal.engine.request import Event, Request
 from abyssal.engine.sampler import Sampling
+
+BANNED = -100.0  # bias of a token that must not come
+
+
+class _Plain:
+    """All of it, as soon as characters are whole."""
+
+    def __init__(self, tokenizer: Tokenizer):
+        self._stream = tokenizer.stream(keep_special=True)
+
+    def add(self, event: Event) -> str:
+        """What one more event makes certain."""
+        text = "" if event.token is None else self._stream.add(event.token)
+        return text + self._stream.finish() if event.finish is not None else text
+
+
+class _Stopping:
+    """What no stop string can still take back."""
+
+    def __init__(self, tokenizer: Tokenizer):
+        self._bytes_of = tokenizer.token_bytes
+        self._raw = bytearray()
+        self._given = 0
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def add(self, event: Event) -> str:
+        """What one more event makes certain."""
+        if event.token is not None:
+            self._raw += self._bytes_of(event.token)
+        settled = len(self._raw) if event.settled is None else event.settled
+        new, self._given = bytes(self._raw[self._given : settled]), settled
+        return self._decoder.decode(new, event.finish is not None)
 
 
 @dataclass
@@ -52,13 +87,42 @@ class LocalCompleter:
         self._thread = threading.Thread(target=self._work, name="engine", daemon=True)
         self._thread.start()
 
+    def encode(self, prompt: Sequence[Piece]) -> list[int]:
+        """Token ids of a prompt."""
+        return self.tokenizer.encode_pieces(prompt)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of token ids, special tokens spelled out."""
+        return self.tokenizer.decode(ids, keep_special=True)
+
     def token_bytes(self, token: int) -> bytes:
         """The bytes of a token."""
         return self.tokenizer.token_bytes(token)
 
+    def special(self, text: str) -> int | None:
+        """The id of a special token, or None."""
+        try:
+            return self.tokenizer.special(text)
+        except TokenError:
+            return None
+
     def count(self, prompt: Sequence[Piece]) -> int:
         """Tokens of a prompt."""
-        return len(self.tokenizer.encode_pieces(prompt))
+        return len(self.encode(prompt))
+
+    def load(self) -> Load:
+        """What the engine is busy with; read beside its thread, so perhaps a step old."""
+        pages = self.engine.memory.pages
+        return Load(self.engine.running, self.engine.waiting, 1 - pages.free / max(pages.count, 1))
+
+    def interrupt(self) -> None:
+        """End everything that runs."""
+        self._commands.put(self._interrupt)
+
+    def _interrupt(self) -> None:
+        for number, waiting in self._waiting.items():
+            for event in self.engine.cancel(number):
+                waiting.tell(event)
 
     def close(self) -> None:
         """Stop the thread; what runs is cancelled."""
@@ -67,23 +131,13 @@ class LocalCompleter:
 
     async def complete(self, completion: Completion) -> AsyncIterator[Accepted | PromptUse | Continued]:
         """Continue a prompt; see `Completer`."""
-        prompt = tuple(self.tokenizer.encode_pieces(completion.prompt))
-        s = completion.sampling
-        request = Request(
-            prompt=prompt,
-            max_tokens=completion.max_tokens or self.context,
-            sampling=Sampling(
-                temperature=s.temperature, top_p=s.top_p, top_k=s.top_k, min_p=s.min_p,
-                presence_penalty=s.presence_penalty, frequency_penalty=s.frequency_penalty,
-                repetition_penalty=s.repetition_penalty, logit_bias=dict(s.logit_bias), seed=s.seed,
-            ),
-            stop=(self._end,),
-            n=completion.n,
-            top_logprobs=completion.top_logprobs,
-        )  # fmt: skip
+        request = self._request(completion)
+        prompt = request.prompt
         waiting = _Waiting(asyncio.get_running_loop(), asyncio.Queue())
         number = await self._do(lambda: self._add(request, waiting))
-        streams = [self.tokenizer.stream(keep_special=True) for _ in range(completion.n)]
+        record = self.engine.records[number]
+        kind: type[_Stopping] | type[_Plain] = _Stopping if completion.stop else _Plain
+        texts = [kind(self.tokenizer) for _ in range(completion.n)]
         left = completion.n
         said = False
         try:
@@ -93,18 +147,54 @@ class LocalCompleter:
                 if isinstance(event, BaseException):
                     raise event
                 if not said:
-                    use = self.engine.records[number].prefix
-                    yield PromptUse(len(prompt), use.hit, use.reason)
+                    ids = prompt if completion.trace else ()
+                    scores = tuple(TokenInfo(s.token, s.logprob, s.top) if s else None for s in record.scores)
+                    yield PromptUse(len(prompt), record.prefix.hit, record.prefix.reason, ids, scores)
                     said = True
                 left -= event.finish is not None
-                text = "" if event.token is None else streams[event.choice].add(event.token)
-                if event.finish is not None:
-                    text += streams[event.choice].finish()
-                info = None if event.token is None else TokenInfo(event.token, event.logprob, event.top)
-                finish = "failed" if event.finish == "cancelled" else event.finish
+                text = texts[event.choice].add(event)
+                info = None
+                if event.token is not None:
+                    info = TokenInfo(event.token, event.logprob, event.top, event.blocks)
+                finish = "interrupted" if event.finish == "cancelled" else event.finish
                 yield Continued(event.choice, text, info, finish, event.error)
         finally:
             self._commands.put(lambda: self._remove(number))
+
+    def _request(self, completion: Completion) -> Request:
+        """The engine's form of a completion."""
+        given = completion.prompt
+        ids = tuple(piece for piece in given if isinstance(piece, int))
+        prompt = ids or tuple(self.encode([piece for piece in given if isinstance(piece, Piece)]))
+        s = completion.sampling
+        bias = dict(s.logit_bias) | {self.tokenizer.special(text): BANNED for text in completion.banned}
+        grammar = None
+        bound = completion.constraint
+        if bound is not None:
+            grammar = Grammar("lark", lark_text(bound.grammar, self.tokenizer.special))
+        close = None
+        if completion.max_reasoning is not None:
+            close = (self.tokenizer.special(THINK_END), completion.max_reasoning)
+        # what nobody can have is no reason to refuse: agents ask for much and use little
+        most = max(self.engine.most_tokens(len(prompt), completion.n), 1)
+        return Request(
+            prompt=prompt,
+            max_tokens=min(completion.max_tokens or most, most),
+            sampling=Sampling(
+                temperature=s.temperature, top_p=s.top_p, top_k=s.top_k, min_p=s.min_p,
+                presence_penalty=s.presence_penalty, frequency_penalty=s.frequency_penalty,
+                repetition_penalty=s.repetition_penalty, logit_bias=bias, seed=s.seed,
+            ),
+            stop=(self._end,),
+            stop_strings=completion.stop,
+            n=completion.n,
+            top_logprobs=completion.top_logprobs or 0,
+            grammar=grammar,
+            grammar_after=tuple(self.tokenizer.special(text) for text in bound.after) if bound else (),
+            close=close,
+            score_prompt=completion.score_prompt,
+            trace=completion.trace,
+        )  # fmt: skip
 
     async def _do(self, work: Callable[[], int]) -> int:
         """Run something on the engine's thread."""

@@ -5,11 +5,10 @@ from __future__ import annotations
 import secrets
 from collections.abc import AsyncIterator
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from abyssal.base.errors import InputError
 from abyssal.chat.api import (
-    Accepted,
     CallMade,
     ChatEvent,
     ChatRequest,
@@ -25,11 +24,14 @@ from abyssal.chat.api import (
     TokensRead,
     Usage,
 )
+from abyssal.chat.constraint import constraint_of
+from abyssal.encoding.literals import DSML
 from abyssal.encoding.parse import Call, End, Event, Parser, Reasoning, Repair, Text
 from abyssal.encoding.render import render
 from abyssal.encoding.tokenizer import Piece
 
 THINK_MAX_CONTEXT = 384 * 1024  # what the model card asks for
+TRACED = 5  # likeliest tokens that a trace shows
 
 
 @dataclass
@@ -42,19 +44,66 @@ class _Answer:
     held: str = ""  # content that may begin a stop string
 
 
+def settled(request: ChatRequest, completer: Completer) -> tuple[ChatRequest, tuple[str, ...]]:
+    """The request as it can be done, and notes of what differs from what was asked.
+
+    Raises:
+        InputError: nobody asks anything, or it asks for Think Max on too short a context and allows no fallback.
+    """
+    last = request.messages[-1]
+    if last.role == "assistant" and not last.prefix:
+        raise InputError("the last message is the assistant's: set prefix: true to continue it, or ask something")
+    if not (request.thinking and request.effort == "max" and completer.context < THINK_MAX_CONTEXT):
+        return request, ()
+    if request.allow_effort_fallback:
+        return replace(request, effort="high"), ("effort max needs a longer context: high was used",)
+    raise InputError(
+        f"effort max needs a context of {THINK_MAX_CONTEXT} tokens, this model has {completer.context}:"
+        " ask for high, or allow_effort_fallback"
+    )
+
+
 def prompt_of(completer: Completer, request: ChatRequest) -> list[Piece]:
     """The prompt of a request.
 
     Raises:
-        InputError: the conversation is malformed, or asks for Think Max on too short a context.
+        InputError: the conversation is malformed.
     """
-    if request.thinking and request.effort == "max" and completer.context < THINK_MAX_CONTEXT:
-        raise InputError(
-            f"effort max needs a context of {THINK_MAX_CONTEXT} tokens, this model has {completer.context}:"
-            " ask for high"
-        )
     return render(
         request.messages, thinking=request.thinking, snapshot=completer.snapshot, effort=request.effort
+    )
+
+
+def completion_of(completer: Completer, request: ChatRequest, thinking: bool) -> Completion:
+    """What to ask the completer: the prompt and everything that binds the answer.
+
+    Args:
+        thinking: whether the answer begins with reasoning.
+    Raises:
+        InputError: tools or a schema cannot be enforced, or the conversation is malformed.
+    """
+    constraint = constraint_of(
+        tools=request.tools,
+        mode=request.tool_mode,
+        name=request.tool_name,
+        parallel=request.parallel_calls,
+        schema=request.schema,
+        schema_strict=request.schema_strict,
+        thinking=thinking,
+    )
+    if request.messages[-1].role == "assistant" and constraint is not None and not constraint.after:
+        raise InputError("a prefix cannot be continued to a forced call or JSON: leave out one of them")
+    return Completion(
+        prompt=prompt_of(completer, request),
+        max_tokens=request.max_tokens,
+        sampling=request.sampling,
+        top_logprobs=max(request.top_logprobs or 0, TRACED) if request.trace else request.top_logprobs,
+        optional_logprobs=request.top_logprobs is None,
+        n=request.n,
+        banned=(DSML,) if request.tools and request.tool_mode == "none" else (),
+        constraint=constraint,
+        max_reasoning=request.max_reasoning if thinking else None,
+        trace=request.trace,
     )
 
 
@@ -64,36 +113,25 @@ async def answer(completer: Completer, request: ChatRequest) -> AsyncIterator[Ch
     Raises:
         InputError: the request cannot be done; nothing has been said yet.
     """
-    prompt = prompt_of(completer, request)
-    continues = request.messages[-1].role == "assistant"  # a prefix: its thinking is over
-    thinking = request.thinking and not continues
-    tools = request.tools
-    answers = [
-        _Answer(Parser(thinking=thinking, tools=tools, allow_calls=request.use_tools)) for _ in range(request.n)
-    ]
-    completion = Completion(
-        prompt=prompt,
-        max_tokens=request.max_tokens,
-        sampling=request.sampling,
-        top_logprobs=request.top_logprobs or 0,
-        n=request.n,
-    )
+    thinking = request.answer_thinks
+    completion = completion_of(completer, request, thinking)
+    tools, allowed = request.tools, request.tool_mode != "none"
+    answers = [_Answer(Parser(thinking=thinking, tools=tools, allow_calls=allowed)) for _ in range(request.n)]
     use = PromptUse(0, 0)
     async with aclosing(completer.complete(completion)) as stream:  # type: ignore[type-var]
         async for part in stream:
-            if isinstance(part, Accepted):
-                yield part
+            if isinstance(part, Continued):
+                state = answers[part.choice]
+                if state.over:
+                    continue
+                for event in _events(state, part, request):
+                    yield event
+                if all(other.over for other in answers):
+                    break
                 continue
             if isinstance(part, PromptUse):
                 use = part
-                continue
-            state = answers[part.choice]
-            if state.over:
-                continue
-            for event in _events(state, part, request):
-                yield event
-            if all(other.over for other in answers):
-                break
+            yield part
     yield Usage(
         use.tokens,
         use.cached,
@@ -105,11 +143,10 @@ async def answer(completer: Completer, request: ChatRequest) -> AsyncIterator[Ch
 
 def _events(state: _Answer, part: Continued, request: ChatRequest) -> list[ChatEvent]:
     events: list[ChatEvent] = []
+    state.tokens += part.tokens
+    state.reasoning_tokens += part.tokens if state.parser.thinking else 0
     if part.info is not None:
-        state.tokens += 1
-        state.reasoning_tokens += state.parser.thinking
-        if request.top_logprobs is not None:
-            events.append(TokensRead(part.choice, (part.info,)))
+        events.append(TokensRead(part.choice, (part.info,)))
     parsed = state.parser.feed(part.text)
     if part.finish is not None:
         parsed += state.parser.finish()
@@ -146,9 +183,11 @@ def _content(state: _Answer, event: Text, choice: int, stop: tuple[str, ...]) ->
     """Content up to a stop string, which may lie across pieces."""
     text = state.held + event.text
     state.held = ""
+    ended_by = None
     found = [(at, word) for word in stop if (at := text.find(word)) >= 0]
     if found:
-        text = text[: min(found)[0]]
+        at, ended_by = min(found)
+        text = text[:at]
         state.over = True
     else:
         held = max(
@@ -158,7 +197,7 @@ def _content(state: _Answer, event: Text, choice: int, stop: tuple[str, ...]) ->
         text, state.held = text[: len(text) - held], text[len(text) - held :]
     events: list[ChatEvent] = [TextDelta(choice, text)] if text else []
     if state.over:
-        events.append(Finished(choice, "stop"))
+        events.append(Finished(choice, "stop", stop=ended_by))
     return events
 
 

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from abyssal.base.errors import InputError
-from abyssal.cli.models import read_text
+from abyssal.cli.models import read_text, snapshot_of
 
 
 def _json(path: Path) -> Any:
@@ -31,11 +31,9 @@ def encode(
     """Print the prompt of a conversation, byte for byte as the official encoder."""
     from abyssal.encoding.messages import Conversation
     from abyssal.encoding.render import prompt_text, render
-    from abyssal.encoding.snapshots import EFFORTS, SNAPSHOTS
+    from abyssal.encoding.snapshots import EFFORTS
 
-    known = next((s for s in SNAPSHOTS if s == snapshot), None)
-    if known is None:
-        raise InputError(f"unknown snapshot {snapshot!r}: choose from {', '.join(SNAPSHOTS)}")
+    known = snapshot_of(snapshot)
     level = next((e for e in EFFORTS if e == effort), None)
     if effort is not None and level is None:
         raise InputError(f"unknown effort {effort!r}: choose from {', '.join(EFFORTS)}")
@@ -62,10 +60,8 @@ def parse(
     """Print the assistant message of a completion as JSON; repairs go to stderr, a line each."""
     from abyssal.encoding.messages import function_of
     from abyssal.encoding.parse import parse as parse_completion
-    from abyssal.encoding.snapshots import SNAPSHOTS
 
-    if snapshot not in SNAPSHOTS:
-        raise InputError(f"unknown snapshot {snapshot!r}: choose from {', '.join(SNAPSHOTS)}")
+    snapshot_of(snapshot)
     declared = _json(tools) if tools is not None else None
     if declared is not None and not isinstance(declared, list):
         raise InputError(f"{tools} holds no list: give a list of tools")

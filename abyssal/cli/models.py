@@ -14,6 +14,7 @@ from abyssal.base.machine import this_machine
 if TYPE_CHECKING:
     import torch
 
+    from abyssal.encoding.snapshots import Snapshot
     from abyssal.encoding.tokenizer import Tokenizer
     from abyssal.engine.disk_cache import DiskCache
     from abyssal.engine.engine import Engine
@@ -126,6 +127,20 @@ def open_model(
         token_bytes=tokenizer.token_bytes,
     )
     return tokenizer, engine
+
+
+def snapshot_of(name: str) -> Snapshot:
+    """Parse --snapshot.
+
+    Raises:
+        InputError: it is unknown.
+    """
+    from abyssal.encoding.snapshots import SNAPSHOTS
+
+    known = next((s for s in SNAPSHOTS if s == name), None)
+    if known is None:
+        raise InputError(f"unknown snapshot {name!r}: choose from {', '.join(SNAPSHOTS)}")
+    return known
 
 
 def dtype_and_numerics(dtype: str, mode: str) -> tuple[torch.dtype, Numerics]:

@@ -79,7 +79,8 @@ class Message:
         task = data.get("task")
         if task is not None and task not in TASKS:
             raise InputError(f"task {task!r} is unknown: use {', '.join(TASKS)}")
-        reasoning = data.get("reasoning_content", data.get("reasoning"))
+        reasoning = data.get("reasoning_content")
+        reasoning = data.get("reasoning") if reasoning is None else reasoning
         if reasoning is not None and not isinstance(reasoning, str):
             raise InputError(f"reasoning_content is {type(reasoning).__name__}: give text")
         return cls(
@@ -202,9 +203,13 @@ class Conversation:
     tools: tuple[Mapping[str, Any], ...] = field(default=())
 
     @classmethod
-    def from_json(cls, messages: Any, tools: Any = None) -> Conversation:
-        """Read messages, and tools that are given beside them; those go to the first system message.
+    def from_json(cls, messages: Any, tools: Any = None, response_format: Any = None) -> Conversation:
+        """Read messages, and what is given beside them; that goes to the first system message.
 
+        Args:
+            messages: in OpenAI's form.
+            tools: a list of tools, or None.
+            response_format: JSON schema that the prompt shows, or None.
         Raises:
             InputError: something is malformed.
         """
@@ -213,11 +218,12 @@ class Conversation:
         read = [Message.from_dict(message) for message in messages]
         if tools is not None and not isinstance(tools, list):
             raise InputError(f"tools are {type(tools).__name__}: give a list")
-        if tools:
-            functions = tuple(function_of(tool) for tool in tools)
+        functions = tuple(function_of(tool) for tool in tools or ())
+        if functions or response_format is not None:
             at = next((i for i, m in enumerate(read) if m.role == "system"), None)
             if at is None:
-                read.insert(0, Message("system", tools=functions))
-            else:
-                read[at] = replace(read[at], tools=(*read[at].tools, *functions))
+                at = 0
+                read.insert(0, Message("system"))
+            shown = response_format if response_format is not None else read[at].response_format
+            read[at] = replace(read[at], tools=(*read[at].tools, *functions), response_format=shown)
         return cls(tuple(read), tuple(tool for message in read for tool in message.tools))

@@ -195,6 +195,18 @@ class Engine:
         self._waiting.append(runs[0])
         return number
 
+    def most_tokens(self, prompt: int, n: int = 1) -> int:
+        """Tokens that each of n answers to a prompt of this length may have: what context and memory leave.
+
+        0 or less if not even the prompt fits.
+        """
+        memory = self.memory
+        shared = prompt // memory.page_tokens
+        own = (memory.pages.count - shared) // n  # pages of each answer
+        if n > memory.slots.count:
+            return 0
+        return min((shared + own) * memory.page_tokens, self.model.config.max_position_embeddings) - prompt
+
     def _check_size(self, request: Request, limit: int) -> None:
         memory = self.memory
         shared = len(request.prompt) // memory.page_tokens

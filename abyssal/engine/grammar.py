@@ -13,6 +13,8 @@ from numpy.typing import NDArray
 
 from abyssal.base.errors import InputError
 
+KEPT = 16  # compiled grammars: an agent comes back with the same tools at every turn
+
 
 @dataclass(frozen=True)
 class Grammar:
@@ -37,8 +39,14 @@ class GrammarCompiler:
     """
 
     def __init__(self, tokenizer: Path | str, vocab_size: int, end: int):
-        text = Path(tokenizer).read_text(encoding="utf-8")
-        self._tokenizer = llguidance.LLTokenizer(text, n_vocab=vocab_size, eos_token=end)
+        layout = json.loads(Path(tokenizer).read_text(encoding="utf-8"))
+        # releases flag some "special": false, and the free text of a grammar would hold those
+        for token in layout["added_tokens"]:
+            token["special"] = True
+        self._tokenizer = llguidance.LLTokenizer(json.dumps(layout), n_vocab=vocab_size, eos_token=end)
+        # states of the lexer are made when they are met: all at once would fail for hundreds of tools
+        self._limits = llguidance.LLParserLimits(precompute_large_lexemes=False)
+        self._compiled: dict[Grammar, Any] = {}  # the one used last comes last
         self.vocab_size = vocab_size
 
     def start(self, grammar: Grammar) -> Matcher:
@@ -47,6 +55,15 @@ class GrammarCompiler:
         Raises:
             InputError: the grammar is invalid; the text says where.
         """
+        matcher = self._compiled.pop(grammar, None)
+        if matcher is None:
+            matcher = self._compile(grammar)
+        self._compiled[grammar] = matcher
+        if len(self._compiled) > KEPT:
+            del self._compiled[next(iter(self._compiled))]
+        return Matcher(matcher.deep_copy(), self.vocab_size)
+
+    def _compile(self, grammar: Grammar) -> Any:
         try:
             if grammar.kind == "json_schema":
                 compiled = llguidance.LLMatcher.grammar_from_json_schema(json.loads(grammar.text))
@@ -56,10 +73,11 @@ class GrammarCompiler:
                 compiled = llguidance.LLMatcher.grammar_from_regex(grammar.text)
         except ValueError as error:
             raise InputError(f"the {grammar.kind} is invalid: {_first_line(error)}") from None
-        problem = llguidance.LLMatcher.validate_grammar(compiled, self._tokenizer)
-        if problem:
-            raise InputError(f"the {grammar.kind} is invalid: {_first_line(problem)}")
-        return Matcher(llguidance.LLMatcher(self._tokenizer, compiled), self.vocab_size)
+        # warnings are no problem, and validation alone does not meet the limits
+        matcher = llguidance.LLMatcher(self._tokenizer, compiled, log_level=0, limits=self._limits)
+        if matcher.is_error():
+            raise InputError(f"the {grammar.kind} is invalid: {_first_line(matcher.get_error())}")
+        return matcher
 
 
 def _first_line(problem: object) -> str:

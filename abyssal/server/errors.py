@@ -37,9 +37,21 @@ class ApiError(AbyssalError):
 
     def openai(self) -> dict[str, Any]:
         """The body in OpenAI's shape."""
-        kinds = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
+        kinds = {401: "authentication_error", 402: "insufficient_balance", 404: "not_found_error",
+                 429: "rate_limit_error"}  # fmt: skip
         kind = kinds.get(self.status, "invalid_request_error" if self.status < 500 else "server_error")
         return {"error": {"message": str(self), "type": kind, "param": self.param, "code": self.code}}
+
+    def anthropic(self, request: str) -> dict[str, Any]:
+        """The body in Anthropic's shape.
+
+        Args:
+            request: the request's id.
+        """
+        kinds = {401: "authentication_error", 402: "billing_error", 404: "not_found_error", 413: "request_too_large",
+                 429: "rate_limit_error", 503: "overloaded_error"}  # fmt: skip
+        kind = kinds.get(self.status, "invalid_request_error" if self.status < 500 else "api_error")
+        return {"type": "error", "error": {"type": kind, "message": str(self)}, "request_id": request}
 
 
 def api_error(error: AbyssalError) -> ApiError:

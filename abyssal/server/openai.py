@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import secrets
+import json
 import time
 from collections.abc import AsyncIterator, Mapping
 from contextlib import aclosing
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
 from abyssal.base.errors import AbyssalError
 from abyssal.chat.api import (
@@ -19,47 +19,48 @@ from abyssal.chat.api import (
     ChatRequest,
     Completer,
     Finished,
+    PromptUse,
     ReasoningDelta,
     Repaired,
     Sampling,
     TextDelta,
     TokenInfo,
     TokensRead,
+    ToolMode,
     Usage,
 )
-from abyssal.chat.turn import answer
 from abyssal.encoding.messages import Conversation
-from abyssal.encoding.snapshots import Effort
 from abyssal.server import sse
+from abyssal.server.blocks import pieces
 from abyssal.server.errors import ApiError, api_error
-from abyssal.server.names import resolve
+from abyssal.server.fields import Thinking, checked, effort_of, format_of, given, refuse, stops_of
+from abyssal.server.names import Named, resolve
+from abyssal.server.service import Service, Turn
 
-# requested to actual (api.md 3)
-EFFORTS: dict[str, Effort] = {
-    "minimal": "low", "low": "low", "medium": "high", "high": "high", "xhigh": "high", "max": "max", "ultra": "max",
-}  # fmt: skip
 REFUSED = ("audio", "functions", "function_call", "web_search_options", "modalities")
+FINISH = {"interrupted": "insufficient_system_resource"}
 
 
-class _Thinking(BaseModel):
-    type: Literal["enabled", "disabled"]
+class StreamOptions(BaseModel):
+    """Options of a stream."""
 
-
-class _StreamOptions(BaseModel):
-    include_usage: bool = False
+    include_usage: bool | None = False
 
 
 class ChatBody(BaseModel):
     """The fields of a request that we know; others are ignored."""
 
-    model_config = ConfigDict(extra="allow")
+    model_config = ConfigDict(extra="ignore")
 
     model: str
-    messages: list[Any]
-    tools: list[Any] | None = None
+    messages: list[dict[str, Any]]
+    tools: list[dict[str, Any]] | None = None
     tool_choice: str | dict[str, Any] | None = None
-    thinking: _Thinking | None = None
+    parallel_tool_calls: bool | None = None
+    response_format: dict[str, Any] | None = None
+    thinking: Thinking | None = None
     reasoning_effort: str | None = None
+    allow_effort_fallback: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     max_tokens: int | None = Field(default=None, ge=1)
     max_completion_tokens: int | None = Field(default=None, ge=1)
@@ -77,42 +78,31 @@ class ChatBody(BaseModel):
     logprobs: bool | None = None
     top_logprobs: int | None = Field(default=None, ge=0, le=20)
     stream: bool | None = None
-    stream_options: _StreamOptions | None = None
-
-
-def read_body(data: Any) -> ChatBody:
-    """Check a request's JSON.
-
-    Raises:
-        ApiError: 400 for a malformed body or a field that is not supported, 422 for a value out of range.
-    """
-    if not isinstance(data, Mapping):
-        raise ApiError(400, "the body is no JSON object: send one")
-    for name in REFUSED:
-        if data.get(name) is not None:
-            raise ApiError(400, f"{name} is not supported: leave it out", param=name, code="unsupported_parameter")
-    try:
-        return ChatBody.model_validate(data)
-    except ValidationError as error:
-        first = error.errors()[0]
-        path = ".".join(str(part) for part in first["loc"] if part not in ("str", "list[str]"))
-        status = 400 if first["type"] == "missing" else 422
-        raise ApiError(status, f"{path}: {first['msg']}", param=path) from None
+    stream_options: StreamOptions | None = None
 
 
 @dataclass(frozen=True)
 class Asked:
-    """A checked request: what to ask the chat, and how to answer."""
+    """A checked request.
 
-    body: ChatBody
+    Attributes:
+        request: what to ask the chat.
+        named: what its model name means.
+        streams: whether the answer comes in pieces.
+        usage: whether a stream ends with the usage.
+    """
+
     request: ChatRequest
-    notes: tuple[str, ...] = ()
-    deprecated: bool = False
+    named: Named
+    streams: bool
+    usage: bool
 
 
-def _thinking(body: ChatBody, default: bool) -> bool:
+def _thinks(body: ChatBody, default: bool) -> bool:
+    if body.reasoning_effort == "none":
+        return False
     if body.thinking is not None:
-        return body.thinking.type == "enabled"
+        return body.thinking.on
     for name in ("thinking", "enable_thinking"):
         value = (body.chat_template_kwargs or {}).get(name)
         if isinstance(value, bool):
@@ -120,68 +110,68 @@ def _thinking(body: ChatBody, default: bool) -> bool:
     return default
 
 
-def _tools(body: ChatBody) -> tuple[list[Any] | None, bool]:
-    """Tools to show, and whether they may be used."""
-    choice = body.tool_choice
-    if choice is None or choice == "auto":
-        return body.tools, True
-    if choice == "none":
-        return body.tools, False
-    raise ApiError(
-        400,
-        f"tool_choice {choice!r} is not supported yet: use auto or none",
-        param="tool_choice",
-        code="unsupported_parameter",
-    )
-
-
-def asked(body: ChatBody, completer: Completer, *, legacy: bool = True) -> Asked:
-    """Translate a request.
+def tool_choice(choice: Any) -> tuple[ToolMode, str | None]:
+    """Whether tools are to be used, and which one must be.
 
     Raises:
-        ApiError: the model is unknown or a value is not supported.
+        ApiError: 400, another choice.
+    """
+    modes: dict[Any, ToolMode] = {None: "auto", "auto": "auto", "none": "none", "required": "required"}
+    if choice is None or isinstance(choice, str):
+        if choice in modes:
+            return modes[choice], None
+    elif isinstance(choice, Mapping) and choice.get("type") == "function":
+        function = choice.get("function", choice)
+        if isinstance(function, Mapping) and isinstance(function.get("name"), str):
+            return "required", function["name"]
+    raise ApiError(
+        400, f"tool_choice {choice!r} is unknown: use auto, none, required, or a function by name", param="tool_choice"
+    )
+
+
+def _answerable(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The messages, with a system message at the end as the user's: the encoder opens no answer behind the former."""
+    if messages and messages[-1].get("role") == "system":
+        return [*messages[:-1], {**messages[-1], "role": "user"}]
+    return messages
+
+
+def asked(data: Any, service: Service) -> Asked:
+    """Check and translate a request.
+
+    Raises:
+        ApiError: 400 for a malformed body or a field that is not supported, 404 for an unknown model, 422 for a
+            value out of range.
         InputError: messages or tools are malformed.
     """
-    named = resolve(body.model, completer.model, legacy=legacy)
-    extra = body.model_extra or {}
-    form = extra.get("response_format")
-    if isinstance(form, Mapping) and form.get("type") not in (None, "text"):
-        raise ApiError(
-            400, f"response_format {form.get('type')!r} is not supported yet: use text", param="response_format"
-        )
-    effort: Effort | None = None
-    if body.reasoning_effort not in (None, "none"):
-        effort = EFFORTS.get(str(body.reasoning_effort))
-        if effort is None:
-            known = ", ".join(EFFORTS)
-            raise ApiError(
-                422, f"reasoning_effort {body.reasoning_effort!r} is unknown: use {known}", param="reasoning_effort"
-            )
-    stop = [body.stop] if isinstance(body.stop, str) else body.stop or []
-    if len(stop) > 16 or not all(stop):
-        raise ApiError(422, "stop: give up to 16 texts, none of them empty", param="stop")
+    refuse(data, REFUSED)
+    body = checked(ChatBody, data)
+    named = resolve(body.model, service.completer.model, legacy=service.settings.legacy_names)
     if body.top_logprobs is not None and not body.logprobs:
         raise ApiError(422, "top_logprobs needs logprobs: true", param="top_logprobs")
-    tools, use = _tools(body)
-    conversation = Conversation.from_json(body.messages, tools)
-    given = {
-        name: getattr(body, name)
-        for name in ("temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty",
-                     "repetition_penalty", "logit_bias", "seed")
-        if getattr(body, name) is not None
-    }  # fmt: skip
+    mode, name = tool_choice(body.tool_choice)
+    form = format_of(body.response_format, "response_format")
+    thinks = _thinks(body, named.thinking)
     request = ChatRequest(
-        messages=conversation.messages,
-        thinking=_thinking(body, named.thinking) and body.reasoning_effort != "none",
-        effort=effort,
+        messages=Conversation.from_json(_answerable(body.messages), body.tools, form.in_prompt).messages,
+        thinking=thinks,
+        effort=effort_of(body.reasoning_effort, "reasoning_effort") if thinks else None,
+        allow_effort_fallback=bool(body.allow_effort_fallback),
+        max_reasoning=body.thinking.budget_tokens if body.thinking is not None else None,
         max_tokens=body.max_completion_tokens or body.max_tokens,
-        sampling=Sampling(**given),
-        use_tools=use,
-        stop=tuple(stop),
+        sampling=Sampling(**given(body, "temperature", "top_p", "top_k", "min_p", "presence_penalty",
+                                  "frequency_penalty", "repetition_penalty", "logit_bias", "seed")),
+        tool_mode=mode,
+        tool_name=name,
+        parallel_calls=body.parallel_tool_calls is not False,
+        schema=form.schema,
+        schema_strict=form.strict,
+        stop=stops_of(body.stop, "stop"),
         top_logprobs=(body.top_logprobs or 0) if body.logprobs else None,
         n=body.n or 1,
-    )
-    return Asked(body, request, deprecated=named.deprecated)
+    )  # fmt: skip
+    wants_usage = body.stream_options is not None and bool(body.stream_options.include_usage)
+    return Asked(request, named, bool(body.stream), wants_usage)
 
 
 def usage_of(usage: Usage) -> dict[str, Any]:
@@ -197,30 +187,32 @@ def usage_of(usage: Usage) -> dict[str, Any]:
     }
 
 
-def _logprob(completer: Completer, info: TokenInfo) -> dict[str, Any]:
+def logprob_of(completer: Completer, info: TokenInfo, count: int) -> dict[str, Any]:
+    """A token's log-probability, beside those of the `count` likeliest."""
+
     def entry(token: int, logprob: float) -> dict[str, Any]:
         raw = completer.token_bytes(token)
         return {"token": raw.decode(errors="replace"), "logprob": logprob, "bytes": list(raw)}
 
-    return {**entry(info.token, info.logprob), "top_logprobs": [entry(t, p) for t, p in info.top]}
+    return {**entry(info.token, info.logprob), "top_logprobs": [entry(t, p) for t, p in info.top[:count]]}
 
 
 @dataclass
 class _Choice:
-    content: str = ""
-    reasoning: str = ""
+    content: list[str] = field(default_factory=list)
+    reasoning: list[str] = field(default_factory=list)
     calls: list[dict[str, Any]] = field(default_factory=list)
     logprobs: list[dict[str, Any]] = field(default_factory=list)
     finish: str | None = None
 
 
-def _head(completer: Completer, kind: str) -> dict[str, Any]:
+def _head(turn: Turn, kind: str) -> dict[str, Any]:
     return {
-        "id": f"chatcmpl-{secrets.token_hex(12)}",
+        "id": f"chatcmpl-{turn.id[4:]}",
         "object": kind,
         "created": int(time.time()),
-        "model": completer.model,
-        "system_fingerprint": f"abyssal-{completer.snapshot}",
+        "model": turn.completer.model,
+        "system_fingerprint": f"abyssal-{turn.completer.snapshot}",
     }
 
 
@@ -228,85 +220,85 @@ def _call(event: CallMade) -> dict[str, Any]:
     return {"id": event.id, "type": "function", "function": {"name": event.name, "arguments": event.arguments}}
 
 
-async def complete(completer: Completer, asked: Asked) -> tuple[dict[str, Any], list[str]]:
-    """The whole answer, and what was repaired.
+async def whole(turn: Turn, asked: Asked) -> AsyncIterator[dict[str, Any] | None]:
+    """None once the request is accepted, then the answer.
 
     Raises:
         InputError: the request cannot be done.
         ApiError: 500, generation failed.
     """
-    choices = [_Choice() for _ in range(asked.request.n)]
-    repairs: list[str] = []
+    choices = [_Choice() for _ in range(turn.request.n)]
     usage = Usage(0, 0, 0, 0)
-    async with aclosing(answer(completer, asked.request)) as events:  # type: ignore[type-var]
+    async with aclosing(turn.events()) as events:  # type: ignore[type-var]
         async for event in events:
             if isinstance(event, Accepted):
-                continue
-            if isinstance(event, Usage):
+                yield None
+            elif isinstance(event, Usage):
                 usage = event
-                continue
-            choice = choices[event.choice]
-            if isinstance(event, ReasoningDelta):
-                choice.reasoning += event.text
+            elif isinstance(event, ReasoningDelta):
+                choices[event.choice].reasoning.append(event.text)
             elif isinstance(event, TextDelta):
-                choice.content += event.text
+                choices[event.choice].content.append(event.text)
             elif isinstance(event, CallMade):
-                choice.calls.append(_call(event))
+                choices[event.choice].calls.append(_call(event))
             elif isinstance(event, TokensRead):
-                choice.logprobs += [_logprob(completer, info) for info in event.tokens]
-            elif isinstance(event, Repaired):
-                repairs.append(event.name)
-            else:
+                if (count := turn.request.top_logprobs) is not None:
+                    found = [logprob_of(turn.completer, info, count) for info in event.tokens]
+                    choices[event.choice].logprobs += found
+            elif isinstance(event, Finished):
                 if event.reason == "failed":
-                    raise ApiError(500, event.error or "generation was interrupted: try again")
-                choice.finish = event.reason
-    body = _head(completer, "chat.completion")
+                    raise ApiError(500, event.error or "generation failed: try again")
+                choices[event.choice].finish = FINISH.get(event.reason, event.reason)
+    body = _head(turn, "chat.completion")
     body["choices"] = []
     for i, choice in enumerate(choices):
-        message: dict[str, Any] = {"role": "assistant", "content": choice.content or (None if choice.calls else "")}
-        if asked.request.thinking:
-            message["reasoning_content"] = choice.reasoning
+        content = "".join(choice.content)
+        message: dict[str, Any] = {"role": "assistant", "content": content or (None if choice.calls else "")}
+        if turn.request.thinking:
+            message["reasoning_content"] = "".join(choice.reasoning)
         if choice.calls:
             message["tool_calls"] = choice.calls
-        logprobs = {"content": choice.logprobs, "refusal": None} if asked.body.logprobs else None
+        logprobs = {"content": choice.logprobs, "refusal": None} if turn.request.top_logprobs is not None else None
         body["choices"].append(
             {"index": i, "message": message, "logprobs": logprobs, "finish_reason": choice.finish}
         )
     body["usage"] = usage_of(usage)
-    return body, repairs
+    yield body
 
 
-async def stream(completer: Completer, asked: Asked) -> AsyncIterator[bytes]:
+async def stream(turn: Turn, asked: Asked) -> AsyncIterator[bytes]:
     """The answer as chunks.
 
     The first chunk names the role and comes when the request is accepted; what is refused is raised before it.
     An error after that is an event of its own, and the stream ends.
     """
-    head = _head(completer, "chat.completion.chunk")
-    wants_usage = asked.body.stream_options is not None and asked.body.stream_options.include_usage
+    # what all chunks share is written once
+    head = json.dumps(_head(turn, "chat.completion.chunk"), separators=(",", ":"))[:-1].encode()
+    tail = b'],"usage":null}\n\n' if asked.usage else b"]}\n\n"
     accepted = False
 
     def chunk(index: int, delta: dict[str, Any], finish: str | None = None, logprobs: Any = None) -> bytes:
         choice = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish}
-        return sse.data({**head, "choices": [choice], **({"usage": None} if wants_usage else {})})
+        return b"".join((b"data: ", head, b',"choices":[', sse.compact(choice), tail))
 
     try:
-        async with aclosing(answer(completer, asked.request)) as events:  # type: ignore[type-var]
+        async with aclosing(turn.events()) as events:  # type: ignore[type-var]
             async for event in events:
                 if isinstance(event, Accepted):
                     accepted = True
-                    for index in range(asked.request.n):
+                    for index in range(turn.request.n):
                         yield chunk(index, {"role": "assistant", "content": ""})
                 elif isinstance(event, Usage):
-                    if wants_usage:
-                        yield sse.data({**head, "choices": [], "usage": usage_of(event)})
-                elif isinstance(event, Repaired):
+                    if asked.usage:
+                        usage = {**_head(turn, "chat.completion.chunk"), "choices": [], "usage": usage_of(event)}
+                        yield sse.data(usage)
+                elif isinstance(event, PromptUse | Repaired):
                     continue
-                elif (made := _delta(completer, event)) is not None:
-                    delta, finish, logprobs = made
-                    yield chunk(event.choice, delta, finish, logprobs)
-                elif isinstance(event, Finished):
-                    raise ApiError(500, event.error or "generation was interrupted: try again")
+                elif isinstance(event, Finished) and event.reason == "failed":
+                    raise ApiError(500, event.error or "generation failed: try again")
+                else:
+                    for delta, finish, logprobs in _deltas(turn, event):
+                        yield chunk(event.choice, delta, finish, logprobs)
     except AbyssalError as error:
         if not accepted:
             raise
@@ -315,16 +307,21 @@ async def stream(completer: Completer, asked: Asked) -> AsyncIterator[bytes]:
     yield sse.DONE
 
 
-def _delta(completer: Completer, event: ChatEvent) -> tuple[dict[str, Any], str | None, Any] | None:
-    """Delta, finish reason and log-probabilities of an event; None for a failure or what has no chunk."""
+def _deltas(turn: Turn, event: ChatEvent) -> list[tuple[dict[str, Any], str | None, Any]]:
+    """Deltas of an event, with finish reason and log-probabilities."""
     if isinstance(event, ReasoningDelta):
-        return {"reasoning_content": event.text}, None, None
+        return [({"reasoning_content": event.text}, None, None)]
     if isinstance(event, TextDelta):
-        return {"content": event.text}, None, None
+        return [({"content": event.text}, None, None)]
     if isinstance(event, CallMade):
-        return {"tool_calls": [{"index": event.index, **_call(event)}]}, None, None
-    if isinstance(event, TokensRead):
-        return {}, None, {"content": [_logprob(completer, info) for info in event.tokens], "refusal": None}
-    if isinstance(event, Finished) and event.reason != "failed":
-        return {}, event.reason, None
-    return None
+        begun = _call(event)
+        begun["function"]["arguments"] = ""
+        calls = [{"index": event.index, **begun}]
+        calls += [{"index": event.index, "function": {"arguments": piece}} for piece in pieces(event.arguments)]
+        return [({"tool_calls": [call]}, None, None) for call in calls]
+    if isinstance(event, TokensRead) and (count := turn.request.top_logprobs) is not None:
+        found = [logprob_of(turn.completer, info, count) for info in event.tokens]
+        return [({}, None, {"content": found, "refusal": None})]
+    if isinstance(event, Finished):
+        return [({}, FINISH.get(event.reason, event.reason), None)]
+    return []

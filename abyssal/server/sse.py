@@ -1,36 +1,96 @@
-"""Server-sent events with comments that keep a quiet connection open."""
+"""Server-sent events, and answers that keep a quiet connection open."""
 
 from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from typing import Any
 
-KEEP_ALIVE_S = 10.0
-KEEP_ALIVE = b": keep-alive\n\n"
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+COMMENT = b": keep-alive\n\n"
 DONE = b"data: [DONE]\n\n"
+
+
+def compact(value: Any) -> bytes:
+    """JSON without blank space."""
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode(errors="replace")
 
 
 def data(value: Any) -> bytes:
     """One event without a name."""
-    return b"data: " + json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
+    return b"data: " + compact(value) + b"\n\n"
 
 
-async def kept_alive(events: AsyncIterator[bytes], pause: float = KEEP_ALIVE_S) -> AsyncIterator[bytes]:
-    """The events, and a comment whenever none came for `pause` seconds."""
-    following: asyncio.Future[bytes] | None = None
-    try:
+def event(value: Mapping[str, Any]) -> bytes:
+    """One event named by its type."""
+    return b"event: " + str(value["type"]).encode() + b"\n" + data(value)
+
+
+class Stream(Response):
+    """Pieces of a body as they come, something harmless while none comes, and an end when the client leaves.
+
+    A timer writes the fillers, so that pieces pass without any waiting of their own.
+
+    Args:
+        pieces: of the body.
+        close: called in the end, whatever happens; `pieces` itself may not have begun by then.
+        filler: sent after `pause` quiet seconds: a comment, an event, or blank space.
+        status, headers, media_type: of the response.
+    """
+
+    def __init__(
+        self,
+        pieces: AsyncIterator[bytes],
+        *,
+        close: Callable[[], Awaitable[None]],
+        filler: bytes = COMMENT,
+        pause: float,
+        headers: Mapping[str, str],
+        media_type: str = "text/event-stream",
+    ):
+        super().__init__(None, headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no", **headers},
+                         media_type=media_type)  # fmt: skip
+        del self.headers["content-length"]
+        self._pieces, self._close, self._filler, self._pause = pieces, close, filler, pause
+        self._sent = time.monotonic()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send it all."""
+        tasks = [asyncio.ensure_future(work) for work in (self._pump(send), self._fill(send), left(receive))]
+        try:
+            await asyncio.wait([tasks[0], tasks[2]], return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for task in tasks:
+                if not task.done():
+                    task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            await self._pieces.aclose()  # type: ignore[attr-defined]
+            await self._close()
+        if not tasks[0].cancelled():
+            tasks[0].result()
+
+    async def _pump(self, send: Send) -> None:
+        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        async for piece in self._pieces:
+            self._sent = time.monotonic()
+            await send({"type": "http.response.body", "body": piece, "more_body": True})
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    async def _fill(self, send: Send) -> None:
         while True:
-            following = asyncio.ensure_future(anext(events))
-            while not (await asyncio.wait([following], timeout=pause))[0]:
-                yield KEEP_ALIVE
-            try:
-                yield following.result()
-            except StopAsyncIteration:
-                return
-    finally:
-        if following is not None and not following.done():
-            following.cancel()
-            await asyncio.wait([following])
-        await events.aclose()  # type: ignore[attr-defined]
+            wait = self._sent + self._pause - time.monotonic()
+            if wait > 0:
+                await asyncio.sleep(wait)
+                continue
+            self._sent = time.monotonic()
+            await send({"type": "http.response.body", "body": self._filler, "more_body": True})
+
+
+async def left(receive: Receive) -> None:
+    """Returns when the client has left."""
+    while (await receive())["type"] != "http.disconnect":
+        pass

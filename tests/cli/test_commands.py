@@ -297,7 +297,8 @@ def test_interrupt_is_code_130() -> None:
 
 def test_chat_in_a_terminal() -> None:
     master, slave = pty.openpty()
-    command = [sys.executable, "-c", "from abyssal.cli.main import main; main()", "chat", "--max-tokens", "8"]
+    command = [sys.executable, "-c", "from abyssal.cli.main import main; main()", "chat"]
+    command += ["--max-tokens", "8", "--effort", "none", "--system", "You continue."]
     process = subprocess.Popen(command, stdin=slave, stdout=slave, stderr=slave, start_new_session=True)
     os.close(slave)
     seen = b""
@@ -311,9 +312,10 @@ def test_chat_in_a_terminal() -> None:
         assert seen.count(mark) >= count, seen
 
     read_until(b"> ", 1)
-    os.write(master, b"In the beginning\n")
-    read_until(b"> ", 2)
-    assert seen.count(b"In the beginning") == 2  # typed, and continued
+    for line, prompts in ((b"In the beginning\n", 2), (b"and then?\n", 3), (b"/new\n", 4)):
+        os.write(master, line)
+        read_until(b"> ", prompts)
+    assert b"length" in seen or len(seen) > 200, "it answered"
     os.write(master, b"\n")
     assert process.wait(30) == 0
     os.close(master)

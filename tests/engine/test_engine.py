@@ -360,3 +360,17 @@ def test_stop_strings_end_an_answer_across_tokens(tmp_path: Path) -> None:
     number, events = engine.stream(replace(whole, stop_strings=(text[-1] + "zzz",)))
     got = list(events)
     assert got[-1].finish == "length" and got[-1].settled == 12 and (got[-2].settled or 0) <= 11
+
+
+@pytest.mark.parametrize("pages", [1, 2, 7])
+@pytest.mark.parametrize("n", [1, 3, 9])
+def test_most_tokens_is_what_is_not_refused(pages: int, n: int) -> None:
+    model = model_of(0, max_position_embeddings=600)
+    engine = engine_of(model, pages=pages, slots=8)
+    for prompt in (1, 100, 127, 128, 129, 255, 256, 300):
+        most = engine.most_tokens(prompt, n)
+        if most >= 1:
+            engine.cancel(engine.add(Request(prompt=(1,) * prompt, max_tokens=most, n=n)))
+        if prompt + max(most, 0) < 600:
+            with pytest.raises(CapacityError):
+                engine.add(Request(prompt=(1,) * prompt, max_tokens=max(most, 0) + 1, n=n))

@@ -10,12 +10,13 @@ from contextlib import contextmanager
 import uvicorn
 
 from abyssal.base.errors import TokenError
-from abyssal.chat.api import Accepted, Completer, Completion, Continued, PromptUse, TokenInfo
+from abyssal.chat.api import Accepted, Completer, Completion, Continued, Load, PromptUse, TokenInfo
 from abyssal.encoding.literals import EOS
 from abyssal.encoding.render import prompt_text
 from abyssal.encoding.snapshots import Snapshot
 from abyssal.encoding.tokenizer import Piece
-from abyssal.server.app import Server, Settings
+from abyssal.server.app import Server
+from abyssal.server.settings import Settings
 
 
 class Scripted:
@@ -32,37 +33,67 @@ class Scripted:
     def __init__(self, script: Callable[[str], str], pause: float = 0.0, context: int = 1 << 20):
         self.script, self.pause, self.context = script, pause, context
         self.prompts: list[str] = []
+        self.completions: list[Completion] = []
         self.active = 0
+        self.interrupted = False
+
+    def encode(self, prompt: Sequence[Piece]) -> list[int]:
+        """Characters."""
+        return [ord(c) for c in prompt_text(prompt)]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of characters."""
+        wrong = next((i for i in ids if not 0 <= i < 0xD800), None)
+        if wrong is not None:
+            raise TokenError(f"token {wrong} is out of range")
+        return "".join(map(chr, ids))
 
     def token_bytes(self, token: int) -> bytes:
         """The character."""
         return chr(token).encode()
 
+    def special(self, text: str) -> int | None:
+        """There are none."""
+        return None
+
     def count(self, prompt: Sequence[Piece]) -> int:
         """Characters."""
         return len(prompt_text(prompt))
+
+    def load(self) -> Load:
+        """Requests that run."""
+        return Load(running=self.active)
+
+    def interrupt(self) -> None:
+        """End what runs at its next token."""
+        self.interrupted = True
 
     async def complete(self, completion: Completion) -> AsyncIterator[Accepted | PromptUse | Continued]:
         """Say the script."""
         import asyncio
 
-        prompt = prompt_text(completion.prompt)
+        prompt = "".join(p.text if isinstance(p, Piece) else self.decode([p]) for p in completion.prompt)
         if len(prompt) >= self.context:
             raise TokenError(f"the prompt has {len(prompt)} tokens, the context holds {self.context}: shorten it")
         self.prompts.append(prompt)
+        self.completions.append(completion)
         self.active += 1
         try:
             yield Accepted()
-            yield PromptUse(len(prompt), len(prompt) // 2)
+            ids = tuple(map(ord, prompt)) if completion.trace else ()
+            yield PromptUse(len(prompt), len(prompt) // 2, ids=ids)
             text = self.script(prompt)
             pieces = [*text, EOS]
             limit = completion.max_tokens or len(pieces)
             for choice in range(completion.n):
                 for i, piece in enumerate(pieces[:limit]):
                     await asyncio.sleep(self.pause)
+                    if self.interrupted:
+                        yield Continued(choice, "", None, "interrupted")
+                        break
                     last = i == min(len(pieces), limit) - 1
                     finish = None if not last else "stop" if piece == EOS else "length"
-                    info = TokenInfo(ord(piece[0]), -0.5, ((ord(piece[0]), -0.5),) * min(completion.top_logprobs, 1))
+                    info = TokenInfo(ord(piece[0]), -0.5, ((ord(piece[0]), -0.5),) * min(completion.top_logprobs or 0, 1))
                     yield Continued(choice, piece, info, finish)  # type: ignore[arg-type]
         finally:
             self.active -= 1

@@ -23,7 +23,7 @@ from abyssal.encoding.literals import DSML
 from abyssal.encoding.tokenizer import Tokenizer
 from abyssal.engine.engine import Engine
 from abyssal.engine.prefix_cache import PrefixCache
-from abyssal.server.app import Settings, keys
+from abyssal.server.settings import Settings, keys
 from tests.server.serving import Scripted, serving
 
 WEATHER = {
@@ -176,8 +176,15 @@ def test_stop_length_logprobs_and_n(url: str) -> None:
         ({"reasoning_effort": "huge"}, openai.UnprocessableEntityError, "reasoning_effort"),
         ({"audio": {"voice": "x"}}, openai.BadRequestError, "audio"),
         ({"functions": [{"name": "f"}]}, openai.BadRequestError, "functions"),
-        ({"tool_choice": "required"}, openai.BadRequestError, "tool_choice"),
-        ({"response_format": {"type": "json_object"}}, openai.BadRequestError, "response_format"),
+        ({"tool_choice": "required"}, openai.BadRequestError, None),
+        ({"tool_choice": "sometimes"}, openai.BadRequestError, "tool_choice"),
+        ({"tool_choice": {"type": "function", "function": {}}}, openai.BadRequestError, "tool_choice"),
+        ({"response_format": {"type": "xml"}}, openai.BadRequestError, "response_format"),
+        ({"response_format": {"type": "json_schema"}}, openai.BadRequestError, "response_format"),
+        ({"messages": [*QUESTION, {"role": "assistant", "content": "so"}]}, openai.BadRequestError, None),
+        ({"thinking": {"type": "sometimes"}}, openai.UnprocessableEntityError, "thinking.type"),
+        ({"thinking": {"type": "enabled", "budget_tokens": 0}}, openai.UnprocessableEntityError,
+         "thinking.budget_tokens"),
     ],
 )
 def test_bad_requests(url: str, change: dict[str, Any], error: type[openai.APIStatusError], param: str | None) -> None:
@@ -337,3 +344,89 @@ def test_the_bundled_model_answers_many_at_once(local: LocalCompleter) -> None:
             time.sleep(0.02)
         assert not local.engine.busy
         assert local.engine.memory.slots.free == local.engine.memory.slots.count
+
+
+def test_a_prefix_is_continued_and_not_repeated() -> None:
+    scripted = Scripted(lambda _: " world")
+    with serving(scripted) as url:
+        messages: Any = [*QUESTION, {"role": "assistant", "content": "Hello,", "prefix": True}]
+        answer = openai.OpenAI(base_url=f"{url}/beta", api_key="none").chat.completions.create(
+            model="deepseek-v4-pro", messages=messages
+        )
+        assert answer.choices[0].message.content == " world"
+        assert scripted.prompts[-1].endswith("</think>Hello,")
+        with pytest.raises(openai.BadRequestError, match="prefix"):
+            client(url).chat.completions.create(
+                model="nano", messages=messages, response_format={"type": "json_object"}
+            )
+
+
+def test_a_system_reminder_at_the_end_is_answered_and_keeps_the_prefix() -> None:
+    """A system message that moves must not change what stands before it, or nothing is reused."""
+    scripted = Scripted(script)
+    with serving(scripted) as url:
+        for more in ([], [{"role": "system", "content": "Be short."}]):
+            messages: Any = [{"role": "system", "content": "S"}, *QUESTION, *more]
+            answer = client(url).chat.completions.create(model="nano", messages=messages)
+            assert answer.choices[0].message.content == "Hello, world! STOP here."
+        before, after = scripted.prompts
+        assert after.startswith(before.removesuffix("<｜Assistant｜><think>"))
+
+
+@pytest.mark.parametrize("field", ["reasoning_content", "reasoning", None])
+def test_reasoning_comes_back_under_any_name_or_is_restored(field: str | None) -> None:
+    scripted = Scripted(script)
+    with serving(scripted) as url, serving(Scripted(script), Settings(strict=True)) as strict:
+        first = client(url).chat.completions.create(model="nano", messages=QUESTION, tools=[WEATHER])  # type: ignore
+        (call,) = first.choices[0].message.tool_calls or []
+        said: dict[str, Any] = {"role": "assistant", "content": None, "tool_calls": [call.model_dump()]}
+        if field:
+            said[field] = "I look it up."
+        messages: Any = [*QUESTION, said, {"role": "tool", "tool_call_id": call.id, "content": "1 C"}]
+        raw = client(url).chat.completions.with_raw_response.create(model="nano", messages=messages, tools=[WEATHER])  # type: ignore
+        assert "<think>I look it up.</think>" in scripted.prompts[-1]
+        assert raw.headers.get("x-abyssal-repaired") == (None if field else "restored_reasoning")
+        ask: Any = {"model": "nano", "messages": messages, "tools": [WEATHER]}
+        if field:
+            assert client(strict).chat.completions.create(**ask).choices[0].finish_reason == "stop"
+        else:
+            with pytest.raises(openai.BadRequestError, match="must be passed back"):
+                client(strict).chat.completions.create(**ask)
+        # without tools in play earlier reasoning does not matter
+        plain: Any = [*QUESTION, {"role": "assistant", "content": "a"}, *QUESTION]
+        assert client(strict).chat.completions.create(model="nano", messages=plain).choices[0].message.content
+
+
+def test_effort_max_falls_back_where_that_is_allowed() -> None:
+    with serving(Scripted(script, context=1000)) as url:
+        raw = client(url).chat.completions.with_raw_response.create(
+            model="nano", messages=QUESTION, reasoning_effort="max", extra_body={"allow_effort_fallback": True}  # type: ignore
+        )
+        assert "high was used" in raw.headers["x-abyssal-notes"]
+        assert "max" not in client(url).models.list().data[0].efforts  # type: ignore[attr-defined]
+
+
+def test_efforts_reach_the_prompt() -> None:
+    scripted = Scripted(script)
+    scripted.snapshot = "0731"
+    with serving(scripted) as url:
+        heads = {}
+        for effort in ("minimal", "low", "medium", "high", "xhigh", "max", "ultra", None):
+            more: Any = {} if effort is None else {"reasoning_effort": effort}
+            client(url).chat.completions.create(model="nano", messages=QUESTION, **more)
+            heads[effort] = scripted.prompts[-1].split("Reasoning Effort: ")[-1][:8]
+        assert heads["minimal"] == heads["low"] and "Absolute" not in heads["low"]
+        assert {heads[e] for e in ("medium", "high", "xhigh", None)} == {"Absolute"}
+        assert heads["max"] == heads["ultra"] == "Beyond m"
+
+
+def test_the_vendors_sampling_and_the_reserve_for_the_answer() -> None:
+    scripted = Scripted(script)
+    with serving(scripted, Settings(vendor_sampling=True, answer_reserve=100)) as url:
+        ask: Any = {"model": "nano", "messages": QUESTION, "temperature": 0.2, "presence_penalty": 1.0}
+        client(url).chat.completions.create(**ask, max_tokens=150)
+        sampling = scripted.completions[-1].sampling
+        assert (sampling.temperature, sampling.presence_penalty) == (1.0, 0.0)
+        assert scripted.completions[-1].max_reasoning == 50
+        client(url).chat.completions.create(**ask, extra_body={"thinking": {"type": "disabled"}}, max_tokens=150)
+        assert scripted.completions[-1].sampling.temperature == 0.2 and scripted.completions[-1].max_reasoning is None
