@@ -4,7 +4,8 @@
     ├── InputError          bad input from a user; the command line exits with 2
     │   ├── ConfigError     a config.json or ModelConfig that we refuse
     │   ├── CheckpointError a checkpoint folder, shard or tensor that is wrong
-    │   └── TokenError      token ids or text out of range
+    │   ├── TokenError      token ids or text out of range
+    │   └── ContextError    a prompt longer than context or memory can hold
     └── RunError            the work itself failed; the command line exits with 1
         ├── SaveError       writing failed; the destination is unchanged
         └── CapacityError   pages or slots of a bounded memory are used up; smaller work goes on
@@ -31,6 +32,10 @@ class CheckpointError(InputError):
 
 class TokenError(InputError):
     """Token ids or text out of range."""
+
+
+class ContextError(InputError):
+    """A prompt longer than the context, or than the memory can ever hold."""
 
 
 class RunError(AbyssalError):

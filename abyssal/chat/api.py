@@ -325,7 +325,8 @@ class Completer(Protocol):
 
         Raises:
             InputError: the request cannot be done; nothing has been said yet.
-            CapacityError: there is no memory for it at all.
+            ContextError: of these, a prompt that is too long.
+            CapacityError: there is no room for it now.
         """
 
     def load(self) -> Load:

@@ -28,15 +28,22 @@ from abyssal.encoding.dsml import BEFORE_CALLS
 from abyssal.encoding.literals import DSML, EOS, SPECIAL_TOKENS, THINK_END
 from abyssal.encoding.tokenizer import Piece
 
+MOST_TOOLS = 1_000  # llguidance keeps 2,000 possibilities in sight
+MOST_PARAMETERS = 500  # of one tool; its stack overflows at several thousand
 MOST_NAME = 1024  # characters of a name; the parser gives up on a tag of 2,048
 MOST_UNDECLARED = 4  # parameters that no schema declares, of one call
+MOST_SPREAD = 600  # parameters of all alternatives of a tool together
 MOST_BITS = 56  # parameters whose set fits into a rule's 64 bits, beside the counter of undeclared ones
 MOST_WAYS = 32  # alternatives that are told apart
 MOST_DEPTH = 48  # of schemas in schemas
 MOST_JSON = 400_000  # characters of schemas, beyond which parameters of lenient tools may be any JSON
 MOST_LEVELS = 600  # of schemas with all that they refer to: llguidance has a stack that overflows beyond about 2,000
 MOST_REPEATS = 100_000  # of a part of a pattern
-MOST_BOUND, LEAST_BOUND = 2**62, 1e-15  # size of a number's bound that llguidance can hold
+MOST_LEAST = 8  # characters that a text must have: beyond, llguidance cannot tell whether two expressions share one
+MOST_LISTED = 400  # properties of a nested object, which llguidance keeps all in sight
+MOST_STEP = 10_000  # digits of multipleOf as a number: llguidance has as many states
+MOST_VALUE = 20_000  # characters of a value that a schema lists
+MOST_BOUND, MOST_NEAR, LEAST_BOUND = 2**62, 10**17, 1e-15  # sizes of bounds that llguidance can hold
 
 _Schema = bool | dict[str, Any]
 _Way = TypeVar("_Way")
@@ -143,19 +150,27 @@ def _hex(char: str) -> str:
     return char if char.isascii() and char.isalnum() else f"\\x{{{ord(char):x}}}"
 
 
+_BAR = "｜"
+_FREE = f"[^{_hex(_BAR)}]"
+
+
+def _sized(least: int, most: int | None) -> str:
+    """How often, in a regular expression."""
+    return f"{{{least},{'' if most is None else most}}}"
+
+
 def _spared(words: Iterable[str]) -> str:
     """An expression for text in which nothing between two bars begins with one of the words."""
-    bar = _hex("｜")
 
     def but(words: set[str]) -> str:
         heads = sorted({word[0] for word in words})
-        ways = ["", f"[^{bar}{''.join(map(_hex, heads))}][^{bar}]*"]
+        ways = ["", f"[^{_hex(_BAR)}{''.join(map(_hex, heads))}]{_FREE}*"]
         for head in heads:
             rests = {word[1:] for word in words if word[0] == head}
             ways += [] if "" in rests else [_hex(head) + but(rests)]
         return f"({'|'.join(ways)})"
 
-    return f"[^{bar}]*({bar}({but(set(words))}{bar})*[^{bar}]*)?"
+    return f"{_FREE}*({_hex(_BAR)}({but(set(words))}{_hex(_BAR)})*{_FREE}*)?"
 
 
 _TEXT = _spared((DSML[1:5], EOS[2:6]))  # in a call, other tokens that are spelled out do no harm
@@ -189,6 +204,8 @@ class _Calls:
         self._left = MOST_JSON
         if not tools:
             return
+        if len(tools) > MOST_TOOLS:
+            raise InputError(f"{len(tools)} tools are declared: give at most {MOST_TOOLS}")
         calls = [self._tool(name, tool) for name, tool in tools.items()]
         close = f'"</" {_ENTRY} "tool_calls>"'
         self._rules += [
@@ -335,10 +352,11 @@ class _Calls:
     def _text(text: _Text) -> str:
         if text.values is not None:
             return " | ".join(map(_literal, text.values))
-        parts = [f"/{part}/" for part in (_TEXT, *(pattern.text for pattern in text.patterns))]
-        if text.least or text.most is not None:
-            parts.append(f"/(?s:.{{{text.least},{'' if text.most is None else text.most}}})/")
-        return " & ".join(parts)
+        if not text.patterns and text.least > MOST_LEAST:
+            return f"/{_FREE}{_sized(text.least, text.most)}/"
+        pattern = f"/{text.patterns[0].text if text.patterns else _TEXT}/"
+        bounded = text.least or text.most is not None
+        return f"{pattern} & /(?s:.{_sized(text.least, text.most)})/" if bounded else pattern
 
 
 def _all(operator: str, conditions: Sequence[str]) -> str:
@@ -426,6 +444,22 @@ class _Shape:
         )
 
 
+def _loosest(ways: Sequence[_Shape]) -> _Shape:
+    """What all of several ways allow, and no more than all of them require."""
+    properties: dict[str, list[_Schema]] = {}
+    for way in ways:
+        for key, schema in way.properties.items():
+            known = properties.setdefault(key, [])
+            known += [] if any(schema is other for other in known) else [schema]
+    undeclared = [way.undeclared for way in ways if way.undeclared is not None]
+    return _Shape(
+        {key: found[0] if len(found) == 1 else {"anyOf": found} for key, found in properties.items()},
+        set.intersection(*(way.required for way in ways)),
+        undeclared[0] if len(undeclared) == len(ways) else None,
+        all(way.listed for way in ways),
+    )
+
+
 def _joined(one: _Schema, other: _Schema) -> _Schema:
     if one is other or other is True or one is False:
         return one
@@ -440,7 +474,7 @@ _BOUNDS = ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum")
 # what they say cannot be told by a grammar
 _REFUSED = (
     "not", "if", "then", "else", "contains", "uniqueItems", "propertyNames", "dependentSchemas", "dependencies",
-    "unevaluatedItems", "unevaluatedProperties", "$dynamicRef", "$recursiveRef",
+    "unevaluatedItems", "$dynamicRef", "$recursiveRef",
 )  # fmt: skip
 # of a schema that names no type, what it is about
 _ABOUT = {
@@ -522,11 +556,12 @@ class _Schemas:
             return True
         read: dict[str, Any] = {}
         self._read_values(schema, read)
-        self._read_numbers(schema, read)
+        self._read_bounds(schema, read)
+        self._read_texts(schema, read)
         self._read_parts(schema, read, depth + 1)
         self._read_joins(schema, read, depth + 1)
         for keyword in _REFUSED:
-            if schema.get(keyword) not in (None, False):
+            if keyword in schema and not (keyword in ("not", "uniqueItems") and schema[keyword] is False):
                 self.refuse(f"{keyword} cannot be enforced")
         if "type" not in read and "enum" not in read and not any(key in read for key in _JOINS):
             about = [kind for kind, keywords in _ABOUT.items() if any(key in read for key in keywords)]
@@ -560,45 +595,17 @@ class _Schemas:
                 read.pop("type", None)
             read["enum"] = fit or values
 
-    def _read_numbers(self, schema: Mapping[str, Any], read: dict[str, Any]) -> None:
-        """Sizes, bounds, pattern and format."""
+    def _read_texts(self, schema: Mapping[str, Any], read: dict[str, Any]) -> None:
+        """Sizes, pattern and format."""
         for keyword in _SIZES:
             size = schema.get(keyword)
             if size is None:
                 continue
-            if isinstance(size, bool) or not isinstance(size, int | float) or size != size or not 0 <= size < 2**31:
+            if not _is_number(size) or not 0 <= size < 2**31:
                 self.refuse(f"{keyword} is {str(size)[:60]}")
             else:
                 read[keyword] = math.ceil(size) if keyword.startswith("min") else int(size)
-        bounds = {key: schema[key] for key in _BOUNDS if schema.get(key) is not None}
-        for side in ("Minimum", "Maximum"):
-            strictly = bounds.get(f"exclusive{side}")
-            if isinstance(strictly, bool):  # draft 4
-                bound = bounds.pop(side.lower(), None)
-                bounds |= {f"exclusive{side}" if strictly else side.lower(): bound}
-        bounds = {key: bound for key, bound in bounds.items() if bound is not None and bound is not False}
-        for keyword, bound in bounds.items():
-            lower = keyword.endswith("inimum")
-            if isinstance(bound, bool) or not isinstance(bound, int | float) or bound != bound:
-                self.refuse(f"{keyword} is {str(bound)[:60]}")
-            elif (bound > MOST_BOUND and not lower) or (bound < -MOST_BOUND and lower):
-                read[keyword] = -MOST_BOUND if lower else MOST_BOUND  # no number beyond is written
-            elif abs(bound) > MOST_BOUND or 0 < abs(bound) < LEAST_BOUND:
-                self.refuse(f"{keyword} {bound:.3g} cannot be enforced")
-            else:
-                read[keyword] = bound
-        for small, large in (*zip(_SIZES[::2], _SIZES[1::2], strict=True), *_opposed()):
-            if small in read and large in read:
-                apart = read[large] - read[small]
-                if apart < 0 or (apart == 0 and "exclusive" in small + large):
-                    self.refuse(f"{small} and {large} exclude each other")
-                    del read[small], read[large]
-        step = schema.get("multipleOf")
-        if step is not None:
-            if isinstance(step, bool) or not isinstance(step, int | float) or not LEAST_BOUND <= step <= 2**31:
-                self.refuse(f"multipleOf is {str(step)[:60]}")
-            else:
-                read["multipleOf"] = step
+        self._exclude(read, zip(_SIZES[::2], _SIZES[1::2], strict=True))
         pattern = schema.get("pattern")
         if pattern is not None:
             expression = _expression(pattern)
@@ -609,10 +616,58 @@ class _Schemas:
                 read["pattern"] = expression
         form = schema.get("format")
         if form is not None and self.strict:  # without strict it is a remark, as JSON Schema has it
-            if isinstance(form, str) and form in _FORMATS:
+            if isinstance(form, str) and form in _FORMATS and "pattern" not in read:
                 read["format"] = form
             elif "string" in self._own(read):
                 self.refuse(f"format {str(form)[:60]!r} cannot be enforced")
+
+    def _read_bounds(self, schema: Mapping[str, Any], read: dict[str, Any]) -> None:
+        """How large numbers are, and of what they are multiples."""
+        bounds = {key: schema[key] for key in _BOUNDS if schema.get(key) is not None}
+        for side in ("Minimum", "Maximum"):
+            strictly = bounds.get(f"exclusive{side}")
+            if isinstance(strictly, bool):  # draft 4
+                bound = bounds.pop(side.lower(), None)
+                bounds |= {f"exclusive{side}" if strictly else side.lower(): bound}
+        for keyword, bound in bounds.items():
+            if bound is None or bound is False:
+                continue
+            lower = keyword.endswith("inimum")
+            far, near = (-MOST_BOUND, MOST_NEAR) if lower else (-MOST_NEAR, MOST_BOUND)
+            if not _is_number(bound):
+                self.refuse(f"{keyword} is {str(bound)[:60]}")
+            elif (lower and bound > near) or (not lower and bound < far) or 0 < abs(bound) < LEAST_BOUND:
+                self.refuse(f"{keyword} {bound:.3g} cannot be enforced")
+            else:
+                read[keyword] = max(far, min(near, bound))  # no number beyond is written
+        self._exclude(read, [(small, large) for small in _BOUNDS[::2] for large in _BOUNDS[1::2]])
+        low = max((read[key] for key in _BOUNDS[::2] if key in read), default=-math.inf)
+        high = min((read[key] for key in _BOUNDS[1::2] if key in read), default=math.inf)
+        whole = self._own(read) & _KINDS["number"] == _KINDS["integer"]
+        first = low + 1 if low == read.get("exclusiveMinimum") and low == math.floor(low) else low
+        last = high - 1 if high == read.get("exclusiveMaximum") and high == math.floor(high) else high
+        if whole and last - first < 1 and math.ceil(first) > math.floor(last):
+            self.refuse("no integer is between minimum and maximum")
+            low, high = -math.inf, math.inf
+            for keyword in _BOUNDS:
+                read.pop(keyword, None)
+        step = schema.get("multipleOf")
+        if step is not None:
+            digits = _digits(step) if _is_number(step) else 0
+            # a multiple must be among the numbers for certain
+            if not 0 < digits <= MOST_STEP or high - low < (digits if whole else step):
+                self.refuse(f"multipleOf is {str(step)[:60]}")
+            else:
+                read["multipleOf"] = step
+
+    def _exclude(self, read: dict[str, Any], pairs: Iterable[tuple[str, str]]) -> None:
+        """Without those of a least and a most that leave nothing between them."""
+        for small, large in pairs:
+            if small in read and large in read:
+                apart = float(read[large]) - float(read[small])
+                if apart < 0 or (apart == 0 and "exclusive" in small + large):
+                    self.refuse(f"{small} and {large} exclude each other")
+                    del read[small], read[large]
 
     def _read_parts(self, schema: Mapping[str, Any], read: dict[str, Any], depth: int) -> None:
         """What objects and arrays hold."""
@@ -633,6 +688,13 @@ class _Schemas:
         elif required is not None:
             self.refuse(f"required is {str(required)[:60]}")
         others = schema.get("additionalProperties")
+        if others is None and schema.get("unevaluatedProperties") is False:
+            others = False
+            if any(key in schema for key in (*_JOINS, "if")):
+                self.refuse("unevaluatedProperties of a combination cannot be enforced")
+                others = None
+        elif schema.get("unevaluatedProperties") is not None:
+            self.refuse("unevaluatedProperties cannot be enforced")
         if others is not None:
             read["additionalProperties"] = self._read(others, depth)
         patterns = schema.get("patternProperties")
@@ -751,6 +813,10 @@ class _Schemas:
         others = True if "patternProperties" in schema else schema.get("additionalProperties", True)
         if any(not self.kinds(properties.get(key, others)) for key in schema.get("required", ())):
             kinds -= {"object"}
+        first, least = schema.get("prefixItems", []), schema.get("minItems", 0)
+        needed = first[:least] + ([schema.get("items", True)] if least > len(first) else [])
+        if not all(map(self.kinds, needed)):
+            kinds -= {"array"}
         self._kinds[id(schema)] = schema, kinds
         return kinds
 
@@ -791,11 +857,27 @@ class _Schemas:
                 if keyword == "oneOf" and not _apart(parts):
                     self.refuse("oneOf of strings cannot be enforced")
                 ways = self._few(_crossed(ways, self._few(_merged([way for part in parts for way in part]))))
-        if any(len(way.patterns) > 1 or (way.values and way.patterns) for way in ways):
-            # it may be that nothing matches, and then an answer could not go on
+        return [self._told(way) for way in ways]
+
+    def _told(self, way: _Text) -> _Text:
+        """A way whose parts together match something for certain, or an answer could not go on."""
+        if not way.patterns:
+            return way
+        if way.values or len(way.patterns) > 1:
             self.refuse("a pattern beside another, a format or an enum cannot be enforced")
-            ways = [replace(way, patterns=() if way.values else way.patterns[:1]) for way in ways]
-        return ways
+        if way.values:
+            return replace(way, patterns=())
+        least, most = self._beside(way.patterns[0], way.least, way.most)
+        return _Text(None, least, most, way.patterns[:1])
+
+    def _beside(self, pattern: _Expression, least: int, most: int | None) -> tuple[int, int | None]:
+        """What of a least and a most length is to be held beside a pattern."""
+        if pattern.least >= least and (most is None or pattern.most <= most):
+            return 0, None
+        if max(least, pattern.least) > MOST_LEAST:
+            self.refuse("a pattern beside minLength or maxLength cannot be enforced")
+            return 0, None
+        return least, most
 
     def _few(self, ways: list[_Way]) -> list[_Way]:
         if len(ways) > MOST_WAYS:
@@ -827,7 +909,11 @@ class _Schemas:
         """The ways in which the root describes the arguments of a call."""
         if self.root is not False and "object" not in self.kinds(self.root):
             self.refuse("no arguments fit its parameters")
-        return [self._finished(shape) for shape in self._shapes_of(self.root)]
+        ways = self._shapes_of(self.root)
+        if len(ways) > 1 and sum(len(way.properties) for way in ways) > MOST_SPREAD:
+            self.refuse("so many alternatives of so many parameters cannot be enforced")
+            ways = [_loosest(ways)]
+        return [self._finished(way) for way in ways]
 
     def _shapes_of(self, schema: _Schema) -> list[_Shape]:
         if isinstance(schema, bool):
@@ -872,12 +958,20 @@ class _Schemas:
         for key in sorted(shape.required - set(properties)):
             properties[key] = undeclared or True
         for key, schema in list(properties.items()):
-            if schema is False:
+            if schema is False and key not in shape.required:
                 del properties[key]
             elif not _writable(key):
                 if key in shape.required or self.strict:
                     raise InputError(f"{self._label}: parameter {key[:60]!r} cannot be written in DSML: rename it")
                 del properties[key]
+        if len(properties) > MOST_PARAMETERS:
+            self.refuse(f"more than {MOST_PARAMETERS} parameters cannot be enforced")
+            first = [*(key for key in properties if key in shape.required), *properties][:MOST_PARAMETERS]
+            if shape.required - set(first):
+                raise InputError(
+                    f"{self._label} requires {len(shape.required)} parameters: give {MOST_PARAMETERS} at most"
+                )
+            properties = {key: properties[key] for key in properties if key in set(first)}
         open_ = not self.strict and bool(self.kinds(undeclared))
         least, most = shape.least, shape.most
         dependent = {
@@ -967,10 +1061,7 @@ class _Schemas:
         if set(own) == {"type"}:
             lowered["type"] = own["type"]
         elif own:
-            alone = self._lower_alone({"type": _types(_ALL), **own}, joined)
-            if isinstance(alone, bool):
-                return alone
-            lowered = alone
+            lowered = self._lower_alone({"type": _types(_ALL), **own}, joined)
         for keyword in _LISTS:
             parts = [part for part in schema.get(keyword, ()) if keyword == "allOf" or self.kinds(part)]
             if parts:
@@ -979,12 +1070,11 @@ class _Schemas:
             lowered["$ref"] = f"{_DEFS}{self._numbers[schema['$ref']]}{'-joined' if joined else ''}"
         return lowered
 
-    def _lower_alone(self, schema: dict[str, Any], joined: bool) -> _Schema:
+    def _lower_alone(self, schema: dict[str, Any], joined: bool) -> dict[str, Any]:
         """A schema without references and combinations."""
         kinds = self.kinds(schema)
         if "enum" in schema:
-            values = [value for value in schema["enum"] if _sane(json.dumps(value, ensure_ascii=False))]
-            return {"enum": values} if values else False
+            return {"enum": schema["enum"]}
         lowered: dict[str, Any] = {"type": _types(kinds)}
         if "string" in kinds:
             self._lower_text(schema, lowered)
@@ -997,14 +1087,31 @@ class _Schemas:
         if "object" in kinds:
             self._lower_object(schema, lowered, joined)
         if kinds & {"integer", "number"}:
-            lowered |= {key: schema[key] for key in (*_BOUNDS, "multipleOf") if key in schema}
+            lowered |= {key: schema[key] for key in _BOUNDS if key in schema}
+            if "multipleOf" in schema and joined:  # two of them would have their states multiplied
+                self.refuse("multipleOf in a combination cannot be enforced")
+            elif "multipleOf" in schema:
+                lowered["multipleOf"] = schema["multipleOf"]
         return lowered
 
     def _lower_text(self, schema: dict[str, Any], lowered: dict[str, Any]) -> None:
-        lowered |= {key: schema[key] for key in ("minLength", "maxLength", "format") if key in schema}
-        lowered["pattern"] = self._spare
-        if "pattern" in schema:
-            lowered["allOf"] = [{"type": lowered["type"], "pattern": f"^({schema['pattern'].text})$"}]
+        """One expression where one can do: llguidance must find out whether several have a text in common."""
+        least, most = schema.get("minLength", 0), schema.get("maxLength")
+        if "format" in schema:
+            lowered["format"] = schema["format"]
+            least, most = self._beside(_Expression(*_FORMATS[schema["format"]]), least, most)
+        elif "pattern" in schema:
+            lowered["pattern"] = f"^({schema['pattern'].text})$"
+            least, most = self._beside(schema["pattern"], least, most)
+        elif least > MOST_LEAST:
+            lowered["pattern"] = f"^{_FREE}{_sized(least, most)}$"
+            least, most = 0, None
+        else:
+            lowered["pattern"] = self._spare
+        if least:
+            lowered["minLength"] = least
+        if most is not None:
+            lowered["maxLength"] = most
 
     def _lower_object(self, schema: dict[str, Any], lowered: dict[str, Any], joined: bool) -> None:
         properties, required = dict(schema.get("properties", {})), list(schema.get("required", []))
@@ -1014,6 +1121,10 @@ class _Schemas:
             required = [other for other in required if other != key]
         if "dependentRequired" in schema:
             self.refuse("dependentRequired of a nested object cannot be enforced")
+        if len(properties) > MOST_LISTED:
+            self.refuse(f"more than {MOST_LISTED} properties of a nested object cannot be enforced")
+            properties = {key: value for key, value in properties.items() if key in required[:MOST_LISTED]}
+            schema = {"additionalProperties": True, **schema}
         if properties:
             lowered["properties"] = {key: self._lower(value, joined) for key, value in properties.items()}
         if required:
@@ -1038,8 +1149,17 @@ class _Schemas:
             lowered |= {key: schema[key] for key in ("minProperties", "maxProperties") if key in schema}
 
 
-def _opposed() -> list[tuple[str, str]]:
-    return [(small, large) for small in _BOUNDS[::2] for large in _BOUNDS[1::2]]
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and value == value
+
+
+def _digits(step: float) -> int:
+    """A number without its decimal point as llguidance finds it; 0 for one that is too small or not exact."""
+    for _ in range(12):
+        if step == math.floor(step) or step > MOST_STEP:
+            return int(min(step, MOST_STEP + 1))
+        step *= 10
+    return 0
 
 
 def _types(kinds: Iterable[str]) -> list[str]:
@@ -1064,7 +1184,7 @@ def _plain(value: Any) -> bool:
         text = json.dumps(value, allow_nan=False, ensure_ascii=False)
     except (TypeError, ValueError, RecursionError):
         return False
-    return _sane(text) and text.count("[") + text.count("{") <= MOST_DEPTH
+    return _sane(text) and len(text) <= MOST_VALUE and text.count("[") + text.count("{") <= MOST_DEPTH
 
 
 def _references(schema: Any) -> list[str]:
@@ -1135,7 +1255,7 @@ def _expression(pattern: Any) -> _Expression | None:
     """An expression for each text in which a schema's pattern is found; None if there is none.
 
     The pattern is ECMA-262's. Lookarounds, back references, word boundaries and anchors within a pattern have no
-    counterpart.
+    counterpart. None of the texts has a bar, so that it needs no other expression beside it to be spared.
     """
     if not isinstance(pattern, str):
         return None
@@ -1153,19 +1273,27 @@ class _UnknownError(Exception):
 
 _CLASSES = {
     "d": "0-9",
-    "D": "\\x{0}-\\x{2f}\\x{3a}-\\x{10ffff}",
+    "D": "\\x{0}-\\x{2f}\\x{3a}-\\x{ff5b}\\x{ff5d}-\\x{10ffff}",
     "w": "0-9A-Za-z_",
-    "W": "\\x{0}-\\x{2f}\\x{3a}-\\x{40}\\x{5b}-\\x{5e}\\x{60}\\x{7b}-\\x{10ffff}",
+    "W": "\\x{0}-\\x{2f}\\x{3a}-\\x{40}\\x{5b}-\\x{5e}\\x{60}\\x{7b}-\\x{ff5b}\\x{ff5d}-\\x{10ffff}",
     "s": "\\x{9}-\\x{d}\\x{20}\\x{a0}\\x{1680}\\x{2000}-\\x{200a}\\x{2028}\\x{2029}\\x{202f}\\x{205f}"
     "\\x{3000}\\x{feff}",
     "S": "\\x{0}-\\x{8}\\x{e}-\\x{1f}\\x{21}-\\x{9f}\\x{a1}-\\x{167f}\\x{1681}-\\x{1fff}\\x{200b}-\\x{2027}"
-    "\\x{202a}-\\x{202e}\\x{2030}-\\x{205e}\\x{2060}-\\x{2fff}\\x{3001}-\\x{fefe}\\x{ff00}-\\x{10ffff}",
+    "\\x{202a}-\\x{202e}\\x{2030}-\\x{205e}\\x{2060}-\\x{2fff}\\x{3001}-\\x{fefe}\\x{ff00}-\\x{ff5b}\\x{ff5d}-\\x{10ffff}",
 }
 _CONTROLS = {"n": "\n", "r": "\r", "t": "\t", "f": "\f", "v": "\v", "0": "\0"}
 _COUNTS: dict[str, tuple[int, float]] = {"*": (0, math.inf), "+": (1, math.inf), "?": (0, 1)}
-_ANYTHING = _Expression("(?s:.*)")
+_ANYTHING = _Expression(f"{_FREE}*")
 _NOTHING = _Expression("", 0, 0)
 _HEX = frozenset("0123456789abcdefABCDEF")
+
+
+def _range(low: str, high: str) -> str:
+    """The characters of a class from one to another, but the bar."""
+    if low <= _BAR <= high:
+        parts = [(low, chr(ord(_BAR) - 1)), (chr(ord(_BAR) + 1), high)]
+        return "".join(_range(first, last) for first, last in parts if first <= last)
+    return f"{_hex(low)}-{_hex(high)}"
 
 
 class _Pattern:
@@ -1234,10 +1362,12 @@ class _Pattern:
         if char == "[":
             return _Expression(self._class(), 1, 1)
         if char == ".":
-            return _Expression("[^\\x{a}\\x{d}\\x{2028}\\x{2029}]", 1, 1)
+            return _Expression("[^\\x{a}\\x{d}\\x{2028}\\x{2029}\\x{ff5c}]", 1, 1)
         if char in "^*+?{":
             raise _UnknownError
         member = self._member(char)
+        if member == _BAR:
+            raise _UnknownError
         return _Expression(f"[{member}]" if len(member) > 1 else _hex(member), 1, 1)
 
     def _group(self) -> _Expression:
@@ -1258,10 +1388,11 @@ class _Pattern:
         return _either(ways)
 
     def _class(self) -> str:
-        parts = ["^"] if self._next("^") else []
+        parts: list[str] = []
+        negated = self._next("^")
         if self._next("]"):
-            if parts:
-                return "(?s:.)"
+            if negated:
+                return _FREE
             raise _UnknownError
         while not self._next("]"):
             low = self._member(self._take(), inside=True)
@@ -1272,9 +1403,13 @@ class _Pattern:
                 high = self._member(self._take(), inside=True)
                 if len(high) > 1 or high < low:
                     raise _UnknownError
-                parts.append(f"{_hex(low)}-{_hex(high)}")
+                parts.append(_range(low, high))
             else:
-                parts.append(_hex(low))
+                parts.append(_range(low, low))
+        if negated:
+            return f"[^{''.join(parts)}{_hex(_BAR)}]"
+        if not any(parts):
+            raise _UnknownError
         return f"[{''.join(parts)}]"
 
     def _member(self, char: str, inside: bool = False) -> str:

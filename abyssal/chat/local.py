@@ -9,7 +9,7 @@ import threading
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 
-from abyssal.base.errors import AbyssalError, RunError, TokenError
+from abyssal.base.errors import AbyssalError, CapacityError, ContextError, RunError, TokenError
 from abyssal.chat.api import Accepted, Completion, Continued, Load, PromptUse, TokenInfo
 from abyssal.chat.constraint import lark_text
 from abyssal.encoding.literals import EOS, THINK_END
@@ -204,6 +204,8 @@ class LocalCompleter:
         def run() -> None:
             try:
                 result = work()
+            except CapacityError as error:  # of a request that could never fit; others wait
+                loop.call_soon_threadsafe(_fail, done, ContextError(str(error)))
             except AbyssalError as error:
                 loop.call_soon_threadsafe(_fail, done, error)
             else:

@@ -24,7 +24,7 @@ from typing import Any, Literal
 
 import httpx2
 
-from abyssal.base.errors import AbyssalError, InputError, RunError, TokenError
+from abyssal.base.errors import AbyssalError, ContextError, InputError, RunError, TokenError
 from abyssal.chat.api import Accepted, Completion, Constraint, Continued, Load, PromptUse, TokenInfo
 from abyssal.chat.upstream import Choice, Chunk, context_of, entry_of, refusal, tokenize_body, tokenized
 from abyssal.encoding.literals import DSML, EOS, SPECIAL_TOKENS, THINK_END
@@ -269,7 +269,7 @@ class RemoteCompleter:
             # V4's tokens hold more than two bytes on average; where that is wrong, the engine names both numbers
             return asked or max(self.context - len(prompt.encode()) // 2, 1)
         if len(prompt) >= self.context:
-            raise InputError(f"the prompt has {len(prompt)} tokens, the context holds {self.context}: shorten it")
+            raise ContextError(f"the prompt has {len(prompt)} tokens, the context holds {self.context}: shorten it")
         left = self.context - len(prompt)
         if self.engine == "sglang":
             left = max(left - SPARE, 1)

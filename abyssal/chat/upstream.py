@@ -12,7 +12,7 @@ from typing import Any
 import httpx2
 from pydantic import BaseModel, ValidationError
 
-from abyssal.base.errors import AbyssalError, CapacityError, InputError, RunError
+from abyssal.base.errors import AbyssalError, CapacityError, ContextError, InputError, RunError
 from abyssal.chat.api import TokenInfo
 from abyssal.encoding.literals import THINK_END
 
@@ -237,7 +237,7 @@ def refusal(status: int, body: str, context: int) -> AbyssalError:
         return RunError(f"the upstream answers with {status}: {text}")
     if isinstance(found.get("n_prompt_tokens"), int):  # llama.cpp
         asked, held = found["n_prompt_tokens"], found.get("n_ctx", context)
-        return InputError(f"the prompt has {asked} tokens, the context holds {held}: shorten it")
+        return ContextError(f"the prompt has {asked} tokens, the context holds {held}: shorten it")
     if _TOO_LONG.search(text):
-        return InputError(f"{text.rstrip('.')}: the context holds {context} tokens, shorten the prompt")
+        return ContextError(f"{text.rstrip('.')}: the context holds {context} tokens, shorten the prompt")
     return InputError(f"the upstream refuses the request: {text}")

@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from abyssal.base.errors import CapacityError, InputError, TokenError
+from abyssal.base.errors import CapacityError, ContextError, InputError, TokenError
 from abyssal.base.machine import this_machine
 from abyssal.engine import speculative
 from abyssal.engine.answer import Running
@@ -148,7 +148,8 @@ class Engine:
         """Check a request and queue it; returns its number.
 
         Raises:
-            TokenError: the prompt is empty, too long, or has ids outside the vocabulary.
+            TokenError: the prompt is empty, or has ids outside the vocabulary.
+            ContextError: the prompt is longer than the context.
             InputError: something else cannot be done: grammar, stop strings, drafts.
             CapacityError: it needs more memory than there is at all.
         """
@@ -157,7 +158,7 @@ class Engine:
         if not prompt:
             raise TokenError("the prompt is empty: give at least one token")
         if len(prompt) >= context:
-            raise TokenError(f"the prompt has {len(prompt)} tokens, the context holds {context}: shorten it")
+            raise ContextError(f"the prompt has {len(prompt)} tokens, the context holds {context}: shorten it")
         for name, ids in (("token", prompt), ("stop token", request.stop), ("biased", request.sampling.logit_bias)):
             bad = next((t for t in ids if not 0 <= t < vocabulary), None)
             if bad is not None:

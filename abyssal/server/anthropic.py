@@ -13,7 +13,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from abyssal.base.errors import AbyssalError
-from abyssal.chat.api import Accepted, ChatEvent, ChatRequest, Finished, Sampling, ToolMode, Usage
+from abyssal.chat.api import Accepted, ChatEvent, ChatRequest, Finished, PromptUse, Sampling, ToolMode, Usage
 from abyssal.chat.turn import prompt_of
 from abyssal.encoding.messages import Message, text_of
 from abyssal.server import sse
@@ -114,11 +114,8 @@ def counted(data: Any, service: Service, caller: str) -> dict[str, int]:
         ApiError, InputError: as a request for an answer.
     """
     request, _ = _translated(checked(CountBody, data), service)
-    return {"input_tokens": _prompt_tokens(service.turn(request, caller, "count_tokens"))}
-
-
-def _prompt_tokens(turn: Turn) -> int:
-    return turn.completer.count(prompt_of(turn.completer, turn.request))
+    turn = service.turn(request, caller, "count_tokens")
+    return {"input_tokens": turn.completer.count(prompt_of(turn.completer, turn.request))}
 
 
 def _translated(body: CountBody, service: Service) -> tuple[ChatRequest, Named]:
@@ -271,6 +268,7 @@ class _Answer:
         self.usage = Usage(0, 0, 0, 0)
         self._turn = turn
         self._blocks = Blocks(turn.request)
+        self._begun = False
         self._reason: dict[str, Any] = {"stop_reason": None, "stop_sequence": None}
 
     def message(self, usage: Usage) -> dict[str, Any]:
@@ -285,10 +283,11 @@ class _Answer:
         Raises:
             ApiError: generation failed or was interrupted.
         """
-        if isinstance(event, Accepted):
-            # what is cached is known once the prompt is read; the last event has the right numbers
-            prompt = Usage(_prompt_tokens(self._turn), 0, 0, 0)
-            return [{"type": "message_start", "message": self.message(prompt)}]
+        if not self._begun:  # how long the prompt is, and what of it was cached, is known once it is read
+            self._begun = True
+            read = event if isinstance(event, PromptUse) else PromptUse(0, 0)
+            start = {"type": "message_start", "message": self.message(Usage(read.tokens, read.cached, 0, 0))}
+            return [start, *self.add(event)]
         if isinstance(event, Usage):
             self.usage = event
             return [
@@ -354,7 +353,7 @@ async def whole(turn: Turn, asked: Asked) -> AsyncIterator[dict[str, Any] | None
 async def stream(turn: Turn, asked: Asked) -> AsyncIterator[bytes]:
     """The answer as events.
 
-    The first comes when the request is accepted; what is refused is raised before it. An error after that is an
+    A comment comes when the request is accepted; what is refused is raised before it. An error after that is an
     event of its own, and the stream ends.
     """
     answer = _Answer(turn)
@@ -362,7 +361,10 @@ async def stream(turn: Turn, asked: Asked) -> AsyncIterator[bytes]:
     try:
         async with aclosing(turn.events()) as events:  # type: ignore[type-var]
             async for event in events:
-                accepted = True
+                if isinstance(event, Accepted):
+                    accepted = True
+                    yield sse.COMMENT
+                    continue
                 for made in answer.add(event):
                     yield sse.event(made)
     except AbyssalError as error:

@@ -109,7 +109,8 @@ class Server:
         ]
         cors = Middleware(
             CORSMiddleware, allow_origins=list(self.settings.cors), allow_methods=["*"], allow_headers=["*"],
-            expose_headers=["x-request-id", "x-abyssal-repaired", "x-abyssal-notes"],
+            expose_headers=["x-request-id", "x-abyssal-model", "x-abyssal-repaired", "x-abyssal-notes", "deprecation",
+                            "retry-after"],
         )  # fmt: skip
         handlers: Any = {HTTPException: self._http_error, Exception: self._bug}
         return Starlette(routes=routes, exception_handlers=handlers, middleware=[cors] if self.settings.cors else [])
@@ -305,7 +306,8 @@ class Server:
         try:
             await asyncio.wait([answer, left], timeout=self.settings.keep_alive_s, return_when=asyncio.FIRST_COMPLETED)
             if answer.done():
-                return JSONResponse(answer.result(), headers=headers | _repaired(turn))
+                body = sse.compact(answer.result())
+                return Response(body, headers=headers | _repaired(turn), media_type="application/json")
             if left.done():
                 raise ClientDisconnect
             kept = True
@@ -317,7 +319,7 @@ class Server:
                 await asyncio.gather(answer, return_exceptions=True)
                 await answers.aclose()  # type: ignore[attr-defined]
 
-        async def body() -> AsyncIterator[bytes]:
+        async def told() -> AsyncIterator[bytes]:
             try:
                 made = await answer
             except AbyssalError as error:
@@ -332,7 +334,7 @@ class Server:
             await answers.aclose()  # type: ignore[attr-defined]
 
         pause = self.settings.keep_alive_s
-        return sse.Stream(body(), close=close, filler=b"\n", pause=pause, headers=headers,
+        return sse.Stream(told(), close=close, filler=b"\n", pause=pause, headers=headers,
                           media_type="application/json")  # fmt: skip
 
     async def _told(self, first: bytes, rest: AsyncIterator[bytes], request: Request) -> AsyncIterator[bytes]:
@@ -376,10 +378,12 @@ class Server:
         return JSONResponse(self._anthropic_entry(name) if anthropic else self._entry(name))
 
     async def _count_tokens(self, request: Request) -> Response:
-        return JSONResponse(anthropic.counted(await self._body(request), self.service, request.state.caller))
+        # in a thread: without a tokenizer, the engine behind a gateway is asked
+        body = await self._body(request)
+        return JSONResponse(await asyncio.to_thread(anthropic.counted, body, self.service, request.state.caller))
 
     async def _tokenize(self, request: Request) -> Response:
-        ids = tokens.tokenize(await self._body(request), self.completer)
+        ids = await asyncio.to_thread(tokens.tokenize, await self._body(request), self.completer)
         return JSONResponse({"tokens": ids, "count": len(ids), "max_model_len": self.completer.context})
 
     async def _detokenize(self, request: Request) -> Response:

@@ -149,7 +149,7 @@ class Run:
     Attributes:
         id: names it in headers.
         notes, repaired: none; chat turns have some.
-        prompt, cached, completion: tokens so far.
+        completion: tokens of all answers so far.
     """
 
     notes: tuple[str, ...] = ()
@@ -158,8 +158,19 @@ class Run:
     def __init__(self, asked: Asked, service: Service, caller: str):
         self.id = f"req_{secrets.token_hex(12)}"
         self.asked, self.service, self._caller = asked, service, caller
-        self.prompt = self.cached = self.completion = 0
+        self.completion = 0
+        self._read: dict[int, PromptUse] = {}  # of each prompt what was said last: numbers may become exact late
         self._created = int(time.time())
+
+    @property
+    def prompt(self) -> int:
+        """Tokens of all prompts so far."""
+        return sum(use.tokens for use in self._read.values())
+
+    @property
+    def cached(self) -> int:
+        """Those that were reused."""
+        return sum(use.cached for use in self._read.values())
 
     async def parts(self) -> AsyncIterator[_Part | None]:
         """None once the first completion is accepted, then parts of answers.
@@ -176,7 +187,7 @@ class Run:
                     async with aclosing(service.completer.complete(completion)) as stream:  # type: ignore[type-var]
                         async for part in stream:
                             if not isinstance(part, Accepted):
-                                for shown in self._shown(part, number * completion.n, meter):
+                                for shown in self._shown(part, number, meter):
                                     yield shown
                             elif not accepted:
                                 accepted = True
@@ -185,13 +196,14 @@ class Run:
                 meter.used(self.prompt, self.cached, self.completion)
                 service.limits.used(self._caller, self.prompt + self.completion)
 
-    def _shown(self, part: PromptUse | Continued, first: int, meter: Meter) -> list[_Part]:
-        """What the client sees of a part; `first` is the index of its prompt's first answer."""
+    def _shown(self, part: PromptUse | Continued, number: int, meter: Meter) -> list[_Part]:
+        """What the client sees of a part of the prompt of this number."""
         body = self.asked.body
+        first = number * (body.n or 1)  # index of its first answer
         if isinstance(part, PromptUse):
-            self.prompt += part.tokens
-            self.cached += part.cached
-            if not body.echo:
+            echoed_before = number in self._read
+            self._read[number] = part
+            if not body.echo or echoed_before:
                 return []
             scores = part.scores or (None,) * len(part.ids)
             echoed = self.service.completer.decode(part.ids)
@@ -201,8 +213,8 @@ class Run:
             return [_Part(first + i, echoed, tokens) for i in range(body.n or 1)]
         if part.finish == "failed":
             raise ApiError(500, part.error or "generation failed: try again")
-        if part.info is not None:
-            self.completion += 1
+        self.completion += part.tokens
+        if part.tokens:
             meter.output()
         if part.finish is not None:
             meter.finished(part.finish)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from abyssal.base.errors import AbyssalError, CapacityError, InputError, RunError
+from abyssal.base.errors import AbyssalError, CapacityError, ContextError, InputError, RunError
 
 
 class ApiError(AbyssalError):
@@ -61,7 +61,6 @@ def api_error(error: AbyssalError) -> ApiError:
     if isinstance(error, CapacityError):
         return ApiError(503, str(error), code="overloaded", retry_after=10)
     if isinstance(error, InputError):
-        code = "context_length_exceeded" if "the context holds" in str(error) else None
-        return ApiError(400, str(error), code=code)
+        return ApiError(400, str(error), code="context_length_exceeded" if isinstance(error, ContextError) else None)
     assert isinstance(error, RunError)
     return ApiError(500, str(error))

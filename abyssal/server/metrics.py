@@ -62,6 +62,9 @@ class Metrics:
         self.first = histogram("time_to_first_token_seconds", "From request to first token.", _FIRST)
         self.between = histogram("inter_token_latency_seconds", "Between tokens of an answer.", _BETWEEN)
         self.whole = histogram("e2e_request_latency_seconds", "From request to last token.", _WHOLE)
+        # there from the start: what appears with its first use has no rate
+        for metric in (self.prompt, self.generated, self.reasoning, self.queries, self.hits, self.first, self.between):
+            metric.labels(completer.model)
 
     def text(self) -> bytes:
         """What Prometheus reads."""

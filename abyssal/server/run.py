@@ -33,6 +33,10 @@ class _Uvicorn(uvicorn.Server):
         super().__init__(config)
         self._server = server
 
+    def run(self, sockets: list[socket.socket] | None = None) -> None:
+        """Serve until a signal comes."""
+        super().run([_tcp(listening) for listening in sockets or ()])
+
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """End; at once if that was asked before.
 
@@ -51,6 +55,15 @@ class _Uvicorn(uvicorn.Server):
         log.info("ending", extra={"running": running, "grace_s": self._server.settings.grace_s})
         asyncio.get_running_loop().call_later(self._server.settings.grace_s, self._server.completer.interrupt)
         await super().shutdown(sockets)
+
+
+def _tcp(listening: socket.socket) -> socket.socket:
+    """The same socket, said to be TCP.
+
+    On others asyncio leaves TCP_NODELAY off, and on some systems a body then waits 40 ms for its head's
+    acknowledgement; `socket.create_server` leaves the protocol open.
+    """
+    return socket.socket(listening.family, listening.type, socket.IPPROTO_TCP, listening.detach())
 
 
 def run(server: Server, sockets: Sequence[socket.socket]) -> None:

@@ -375,7 +375,7 @@ def test_the_grammar_begins_behind_the_thinking_or_the_first_dsml_token(
         if text.startswith("{"):
             json.loads(text)
             continue
-        if not constraint.after[-1:] == (DSML,):
+        if constraint.after[-1:] != (DSML,):
             assert text.startswith(f"\n\n<{DSML}")
             text = text.removeprefix(f"\n\n<{DSML}")
         names = {call.name for call in read(text, tools).tool_calls}
@@ -443,6 +443,13 @@ SLOPPY: list[tuple[Any, str]] = [
     ({"type": "integer", "minimum": 5, "maximum": 2}, "minimum and maximum exclude"),
     ({"type": "integer", "minimum": "3"}, "minimum is 3"),
     ({"type": "integer", "multipleOf": 0}, "multipleOf is 0"),
+    ({"type": "integer", "multipleOf": -3}, "multipleOf is -3"),
+    ({"type": "number", "multipleOf": 81.83189}, "multipleOf is 81"),
+    ({"type": "integer", "minimum": 1, "maximum": 5, "multipleOf": 10}, "multipleOf is 10"),
+    ({"allOf": [{"type": "integer", "multipleOf": 9973}, {"multipleOf": 9967}]}, "multipleOf in a combination"),
+    ({"type": "integer", "exclusiveMinimum": 1, "exclusiveMaximum": 2}, "no integer is between"),
+    ({"type": "integer", "minimum": 2.1, "maximum": 2.9}, "no integer is between"),
+    ({"type": "number", "minimum": 1, "exclusiveMaximum": 1}, "minimum and exclusiveMaximum exclude"),
     ({"type": "number", "minimum": 1e300}, "minimum 1e\\+300 cannot be enforced"),
     ({"type": "array", "items": 5}, "'5' is no schema"),
     ({"type": "array", "items": {"type": "integer"}, "uniqueItems": True}, "uniqueItems cannot be enforced"),
@@ -453,6 +460,14 @@ SLOPPY: list[tuple[Any, str]] = [
     ({"type": "object", "patternProperties": {"^a": {}, "^b": {}}}, "patternProperties cannot be enforced"),
     ({"type": "object", "dependentRequired": {"a": ["b"]}}, "dependentRequired of a nested object"),
     ({"type": "object", "properties": {f"a{DSML}": {}}, "required": [f"a{DSML}"]}, "cannot be written"),
+    ({"type": "object", "unevaluatedProperties": {"type": "integer"}}, "unevaluatedProperties cannot"),
+    ({"allOf": [{"type": "object"}], "unevaluatedProperties": False}, "unevaluatedProperties of a combination"),
+    ({"type": "array", "prefixItems": [{}], "items": False, "minItems": 2}, "no arguments fit its parameters"),
+    (
+        {"type": "array", "items": {"type": "object", "required": ["a"], "additionalProperties": False}, "minItems": 1},
+        "no",
+    ),
+    (False, "no arguments fit its parameters"),
     ({"$ref": "#/$defs/missing"}, "points to nothing here"),
     ({"$ref": "https://example.com/schema.json"}, "points to nothing here"),
     ({"$ref": "#/properties/p"}, "no arguments fit its parameters"),
@@ -477,6 +492,22 @@ def test_what_a_strict_tool_asks_in_vain_is_refused_and_a_lenient_one_goes_witho
         text = bench.walk(constraint, random.Random(seed))
         parsed = parse(f"\n\n<{DSML}{text}{EOS}", thinking=False, tools=one(schema))
         assert not parsed.repairs and parsed.tool_calls
+
+
+def test_combinations_of_open_schemas_come_to_an_end(bench: Bench) -> None:
+    """llguidance intersects what is combined; twice JSON of any kind would never be done."""
+    tree = {"type": "object", "properties": {"children": {"type": "array", "items": {"$ref": "#/$defs/Tree"}}}}
+    parts = [
+        {"type": "object", "properties": {"a": {}, "t": {}}},
+        {"type": "object", "properties": {"a": {}, "b": True}, "required": ["a"]},
+        {"type": "object", "properties": {"t": {"$ref": "#/$defs/Tree"}}},
+        {"type": "object"},
+    ]
+    value = {"p": {"a": [1, {"k": "v"}], "t": {"children": [{"children": []}]}, "b": None}}
+    for strict in (False, True):
+        tools = [tool(strict=strict, properties={"p": {"allOf": parts}}, required=["p"], **{"$defs": {"Tree": tree}})]
+        assert bench.accepts(bound(tools), block(("f", value)))
+        assert not bench.accepts(bound(tools), block(("f", {"p": {"b": 1}})))
 
 
 @pytest.mark.parametrize("schema", [{"oneOf": [{"type": "number"}, {"type": "integer"}]}])
@@ -522,7 +553,11 @@ WHOLE = f"""tool_calls>
         (">12<", ">Infinity<", "Inf"),
         (">12<", ">null<", "null"),
         ('name="n" string="false">12', 'name="a" string="true">12', "a"),  # and then a again
-        (f'</{DSML}parameter>\n</{DSML}invoke>\n<{DSML}invoke name="g">', f'</{DSML}parameter>\n</{DSML}invoke>\n<{DSML}invoke name="f">', f"\n\n</{DSML}invoke"),
+        (
+            f'</{DSML}parameter>\n</{DSML}invoke>\n<{DSML}invoke name="g">',
+            f'</{DSML}parameter>\n</{DSML}invoke>\n<{DSML}invoke name="f">',
+            f"\n\n</{DSML}invoke",
+        ),
         (f'"g">\n\n</{DSML}', f'"g">\n</{DSML}', "</"),
         (f'"g">\n\n</{DSML}', f'"g">\n\n\n</{DSML}', "\n\n"),
         (f'"g">\n\n</{DSML}', f'"g">\n<{DSML}', "<"),
@@ -533,7 +568,7 @@ WHOLE = f"""tool_calls>
         ("some <b>", f"some {EOS}<b>", EOS),
         ("some <b>", f"some <{DSML}b>", DSML),
     ],
-)  # fmt: skip
+)
 def test_nothing_but_the_form_is_let_through(bench: Bench, old: str, new: str, left: str) -> None:
     constraint = bound(FORM)
     assert bench.accepts(constraint, WHOLE)
@@ -621,13 +656,14 @@ def test_parameters_that_no_schema_declares(bench: Bench) -> None:
         assert accepts({}, parameters=closed)
         assert not accepts({"a": 1}, parameters=closed)
     assert not accepts(free, parameters={"type": "object"}, strict=True)
-    declared = {"type": "object", "properties": {"n": {"type": "integer"}}, "required": ["n"]}
+    numbers = {"n": {"type": "integer"}, "o": {"type": "integer"}}
+    declared: dict[str, Any] = {"type": "object", "properties": numbers, "required": ["n"]}
     assert not accepts({"n": 1, "m": 1}, parameters=declared)
     declared["additionalProperties"] = {"type": "string"}
     assert accepts({"m": "x", "n": 1, "k": ""}, parameters=declared)
     assert not accepts({"m": "x"}, parameters=declared)
     assert not accepts({"n": 1, "m": 1}, parameters=declared)
-    assert not accepts({"n": "1"}, parameters=declared), "a declared name is not free"
+    assert not accepts({"n": 1, "o": "1"}, parameters=declared), "a declared name is not free"
     assert not accepts({"n": 1, "a<b": "x"}, parameters=declared)
     assert not accepts({"n": 1, "x" * 65: "x"}, parameters=declared)
     tools = [{"name": "f", "input_schema": declared}]
@@ -681,27 +717,55 @@ S, J = True, False  # string="true", string="false"
     "schema, good, bad",
     [
         ({"type": "string"}, [(S, ""), (S, "</"), (S, "a\n</x"), (S, "12"), (S, "｜DSM｜")], [(J, '"a"'), (J, "1")]),
-        ({"type": "string", "enum": ["a", "", "a b"]}, [(S, "a"), (S, ""), (S, "a b")], [(S, "b"), (S, " a"), (J, '"a"')]),
+        (
+            {"type": "string", "enum": ["a", "", "a b"]},
+            [(S, "a"), (S, ""), (S, "a b")],
+            [(S, "b"), (S, " a"), (J, '"a"')],
+        ),
         ({"const": "x"}, [(S, "x")], [(S, ""), (S, "xx"), (J, '"x"')]),
         ({"type": "string", "minLength": 2, "maxLength": 3}, [(S, "é🐟"), (S, "</a")], [(S, "a"), (S, "abcd")]),
         ({"type": "string", "maxLength": 100_000}, [(S, "a" * 500)], []),
         ({"type": "string", "pattern": "^a+$"}, [(S, "aa")], [(S, ""), (S, "ab"), (S, "ba")]),
         ({"type": "string", "pattern": "a", "maxLength": 4}, [(S, "xay")], [(S, "xy"), (S, "aaaaa")]),
         ({"minLength": 1}, [(S, "x")], [(S, ""), (J, "1")]),
-        ({"type": "integer"}, [(J, "0"), (J, "-12"), (J, "9" * 30)], [(J, "1.5"), (J, "1e3"), (J, "01"), (S, "1"), (J, " 1")]),
-        ({"type": "integer", "minimum": 3, "exclusiveMaximum": 12}, [(J, "3"), (J, "11")], [(J, "2"), (J, "12"), (J, "30")]),
+        (
+            {"type": "integer"},
+            [(J, "0"), (J, "-12"), (J, "9" * 30)],
+            [(J, "1.5"), (J, "1e3"), (J, "01"), (S, "1"), (J, " 1")],
+        ),
+        (
+            {"type": "integer", "minimum": 3, "exclusiveMaximum": 12},
+            [(J, "3"), (J, "11")],
+            [(J, "2"), (J, "12"), (J, "30")],
+        ),
         ({"type": "integer", "minimum": 0, "maximum": 2**64 - 1}, [(J, "7"), (J, str(2**61))], [(J, "-1")]),
         ({"type": "integer", "minimum": 0, "exclusiveMinimum": True}, [(J, "1")], [(J, "0")]),
-        ({"type": "number"}, [(J, "1"), (J, "-0.5e+3"), (J, "1E5")], [(J, "NaN"), (J, "Infinity"), (J, "-Infinity"), (J, ".5")]),
+        (
+            {"type": "number"},
+            [(J, "1"), (J, "-0.5e+3"), (J, "1E5")],
+            [(J, "NaN"), (J, "Infinity"), (J, "-Infinity"), (J, ".5")],
+        ),
         ({"type": "number", "multipleOf": 0.5}, [(J, "2.5"), (J, "3")], [(J, "2.3")]),
         ({"type": "boolean"}, [(J, "true"), (J, "false")], [(J, "True"), (J, "1"), (S, "true")]),
         ({"type": "null"}, [(J, "null")], [(J, "None"), (S, "")]),
         ({"type": ["string", "null"]}, [(S, "null"), (J, "null")], [(J, '"a"'), (J, "1")]),
         ({"type": "string", "nullable": True}, [(S, "x"), (J, "null")], [(J, "1")]),
         ({"type": ["string", "integer"], "minimum": 3, "maxLength": 2}, [(S, "ab"), (J, "3")], [(S, "abc"), (J, "2")]),
-        ({"anyOf": [{"type": "string", "maxLength": 2}, {"type": "null"}]}, [(S, "ab"), (J, "null")], [(S, "abc"), (J, "1")]),
-        ({"oneOf": [{"const": "a"}, {"const": 1}, {"const": "b"}]}, [(S, "a"), (S, "b"), (J, "1")], [(S, "c"), (J, "2")]),
-        ({"enum": ["a", 1, None, [1, "x"], {"k": 2}]}, [(S, "a"), (J, "1"), (J, "null"), (J, '[1, "x"]'), (J, '{"k": 2}')], [(J, '"a"'), (S, "1"), (J, "[1,2]")]),
+        (
+            {"anyOf": [{"type": "string", "maxLength": 2}, {"type": "null"}]},
+            [(S, "ab"), (J, "null")],
+            [(S, "abc"), (J, "1")],
+        ),
+        (
+            {"oneOf": [{"const": "a"}, {"const": 1}, {"const": "b"}]},
+            [(S, "a"), (S, "b"), (J, "1")],
+            [(S, "c"), (J, "2")],
+        ),
+        (
+            {"enum": ["a", 1, None, [1, "x"], {"k": 2}]},
+            [(S, "a"), (J, "1"), (J, "null"), (J, '[1, "x"]'), (J, '{"k": 2}')],
+            [(J, '"a"'), (S, "1"), (J, "[1,2]")],
+        ),
         ({"allOf": [{"$ref": "#/$defs/S"}], "description": "x"}, [(S, "ab")], [(S, "abcd"), (J, "1")]),
         ({"allOf": [{"type": "string"}, {"maxLength": 2}]}, [(S, "ab")], [(S, "abc"), (J, "1")]),
         ({"$ref": "#/$defs/S"}, [(S, "ab")], [(S, "abcd")]),
@@ -709,16 +773,45 @@ S, J = True, False  # string="true", string="false"
         ({"$ref": "#/$defs/Loop"}, [(S, "x"), (J, '{"loop": {"loop": "x"}}')], [(J, '"x"'), (J, '{"loop": 1}')]),
         ({"anyOf": [{"$ref": "#"}, {"const": "x"}]}, [(S, "x"), (J, '{"p": {"p": "x"}}')], [(J, '{"q": 1}'), (S, "y")]),
         (True, [(S, "x"), (J, "1"), (J, '[{"a": "b"}, null]')], [(J, '"x"'), (J, "[1,2]"), (J, '{"a":1}')]),
-        ({"type": "array", "items": {"type": "string"}}, [(J, "[]"), (J, '["a", "</b"]')], [(J, '["a","b"]'), (J, "[1]"), (S, "[]")]),
-        ({"items": {"type": "integer"}, "minItems": 2, "maxItems": 3}, [(J, "[1, 2]")], [(J, "[1]"), (J, "[1, 2, 3, 4]"), (S, "x")]),
-        ({"type": "array", "items": [{"type": "integer"}], "additionalItems": False}, [(J, "[1]")], [(J, '["a"]'), (J, "[1, 2]")]),
-        ({"properties": {"a": {"type": "integer"}}, "required": ["a"]}, [(J, '{"a": 1}')], [(J, "{}"), (J, '{"a": 1, "b": 2}'), (S, "x")]),
+        (
+            {"type": "array", "items": {"type": "string"}},
+            [(J, "[]"), (J, '["a", "</b"]')],
+            [(J, '["a","b"]'), (J, "[1]"), (S, "[]")],
+        ),
+        (
+            {"items": {"type": "integer"}, "minItems": 2, "maxItems": 3},
+            [(J, "[1, 2]")],
+            [(J, "[1]"), (J, "[1, 2, 3, 4]"), (S, "x")],
+        ),
+        (
+            {"type": "array", "items": [{"type": "integer"}], "additionalItems": False},
+            [(J, "[1]")],
+            [(J, '["a"]'), (J, "[1, 2]")],
+        ),
+        (
+            {"properties": {"a": {"type": "integer"}}, "required": ["a"]},
+            [(J, '{"a": 1}')],
+            [(J, "{}"), (J, '{"a": 1, "b": 2}'), (S, "x")],
+        ),
         ({"type": "object"}, [(J, "{}"), (J, '{"x": [{}]}')], [(J, "[]"), (S, "{}")]),
-        ({"type": "object", "additionalProperties": {"type": "integer"}}, [(J, '{"x": 1, "y": 2}')], [(J, '{"x": "1"}')]),
-        ({"type": "object", "patternProperties": {"^x-": {"type": "integer"}}, "additionalProperties": False}, [(J, '{"x-a": 1}')], [(J, '{"a": 1}'), (J, '{"x-a": ""}')]),
+        (
+            {"type": "object", "additionalProperties": {"type": "integer"}},
+            [(J, '{"x": 1, "y": 2}')],
+            [(J, '{"x": "1"}')],
+        ),
+        (
+            {"type": "object", "patternProperties": {"^x-": {"type": "integer"}}, "additionalProperties": False},
+            [(J, '{"x-a": 1}')],
+            [(J, '{"a": 1}'), (J, '{"x-a": ""}')],
+        ),
         ({"type": "string", "format": "color"}, [(S, "red")], []),
+        (
+            {"properties": {"enum": {"$ref": "#/$defs/S"}, "$ref": {"type": "string"}, "type": {"type": "integer"}}},
+            [(J, '{"enum": "ab", "$ref": "#", "type": 1}')],
+            [(J, '{"enum": "abcd"}'), (J, '{"$ref": 1}')],
+        ),
     ],
-)  # fmt: skip
+)
 def test_values_are_typed_by_their_schema(
     bench: Bench, schema: Any, good: list[tuple[bool, str]], bad: list[tuple[bool, str]]
 ) -> None:
@@ -784,8 +877,8 @@ PATTERNS = [
     r"^\t\n$", "^ab|^cd|ef$", r"^[a\-z]+$", r"^[\w-]+@[\w-]+\.[a-z]{2,}$",
 ]  # fmt: skip
 TEXTS = [
-    "", "a", "b", "aa", "ab", "ba", "aab", "abab", "c", "cd", "ef", "abcd", "1", "12", "1.5", "-", ".", "./-", "]", "^", "[",
-    " ", "é", "éà", "🐟", "AB", "x\ny", "\t\n", "_", "a-z", "a@b.org", "a b", "x1!", "bb", "aaa", "z",
+    "", "a", "b", "aa", "ab", "ba", "aab", "abab", "c", "cd", "ef", "abcd", "1", "12", "1.5", "-", ".", "./-", "]", "^",
+    "[", " ", "é", "éà", "🐟", "AB", "x\ny", "\t\n", "_", "a-z", "a@b.org", "a b", "x1!", "bb", "aaa", "z",
 ]  # fmt: skip
 
 
@@ -808,15 +901,49 @@ def test_patterns_mean_what_they_mean_in_json_schema(bench: Bench, pattern: str)
 @pytest.mark.parametrize(
     "pattern",
     [
-        "(", ")", "a)", "[", "[]", "a**", "a{2", "a{,2}", "a{2,1}", "a{999999}", "*", "+a", "{2}", "(?=a)", "(?!a)", "(?<=a)",
-        "(?<!a)", r"\1", r"\ba", r"\p{L}", "a^b", "a$b", "(^a)", r"\u{110000}", r"\u12", r"\x1", r"\ud800", "\ud800", "\\",
-        r"[z-a]", r"[a-\d]", "(?i)a", "(?<n", "(" * 60 + ")" * 60, "a??+", 5, None,
+        "(",
+        ")",
+        "a)",
+        "[",
+        "[]",
+        "a**",
+        "a{2",
+        "a{,2}",
+        "a{2,1}",
+        "a{999999}",
+        "*",
+        "+a",
+        "{2}",
+        "(?=a)",
+        "(?!a)",
+        "(?<=a)",
+        "(?<!a)",
+        r"\1",
+        r"\ba",
+        r"\p{L}",
+        "a^b",
+        "a$b",
+        "(^a)",
+        r"\u{110000}",
+        r"\u12",
+        r"\x1",
+        r"\ud800",
+        "\ud800",
+        "\\",
+        r"[z-a]",
+        r"[a-\d]",
+        "(?i)a",
+        "(?<n",
+        "(" * 60 + ")" * 60,
+        "a??+",
+        5,
+        None,
     ],
-)  # fmt: skip
+)
 def test_patterns_without_a_counterpart_are_left_out(bench: Bench, pattern: Any) -> None:
     schema = {"type": "string", "pattern": pattern}
     if pattern is not None:
-        with pytest.raises(InputError, match="pattern .* cannot be enforced"):
+        with pytest.raises(InputError, match=r"pattern .* cannot be enforced"):
             bound(one(schema, strict=True))
     assert bench.accepts(bound(one(schema)), block(("f", {"p": "anything"})))
 
@@ -826,18 +953,17 @@ def test_patterns_without_a_counterpart_are_left_out(bench: Bench, pattern: Any)
     [
         ({"type": "string"}, "{}"),
         ({"type": ["string", "null"]}, "{}"),
-        ({"type": "string", "pattern": "^.*$", "maxLength": 80}, "{}"),
         (True, ["{}"]),
         (True, {"k": "{}"}),
         (True, {"{}": 1}),
         ({"type": "array", "items": {"type": "string"}}, ["{}"]),
         ({"type": "array"}, [["{}"]]),
-        ({"type": "array", "items": {"type": "string", "pattern": "x|."}}, ["{}"]),
+        ({"type": "string", "maxLength": 80}, "{}"),
+        ({"type": "array", "items": {"type": "string", "minLength": 2, "maxLength": 80}}, ["  {}"]),
         ({"type": "object"}, {"a": {"b": "{}"}}),
         ({"type": "object", "properties": {"a": {}}, "additionalProperties": True}, {"a": "{}"}),
         ({"type": "object", "properties": {"a": {}}, "additionalProperties": True}, {"b": "{}"}),
         ({"anyOf": [{"type": "null"}, {"$ref": "#/$defs/L"}]}, ["{}"]),
-        ({"enum": ["a", "{}"]}, "{}"),
     ],
 )
 def test_values_cannot_spell_the_marks_that_would_end_them(bench: Bench, schema: Any, value: Any) -> None:
@@ -849,13 +975,41 @@ def test_values_cannot_spell_the_marks_that_would_end_them(bench: Bench, schema:
         before, after = block(("f", {"p": filled})).split("@@", 1)
         return [*bench.ids(before), *bench.tokenizer.encode(text), *bench.ids(after)]
 
-    if "enum" in schema if isinstance(schema, dict) else False:
-        schema["enum"] = [text.format(DSML) for text in schema["enum"]]
-    else:
-        for text in ("｜", "x｜DSM｜L｜", "end▁of▁sentence", "</parameter>", "｜User｜", "<｜DSML>"):
-            assert bench.accepts(bound(tools), holding(text)), text
-    for text in (DSML, f"</{DSML}parameter>", f"a ｜｜DSML｜{DSML}", f"{EOS}", f"<{DSML}/"):
+    for text in ("｜", "x｜DSM｜L｜", "end▁of▁sentence", "</parameter>", "｜User｜", "<｜DSML>"):
+        assert bench.accepts(bound(tools), holding(text)), text
+    for text in MARKED:
         assert not bench.accepts(bound(tools), holding(text)), text
+
+
+MARKED = (DSML, f"</{DSML}parameter>", f"a ｜｜DSML｜{DSML}", EOS, f"<{DSML}/")
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"type": "string", "enum": MARKED},
+        {"type": "string", "pattern": "x|."},
+        {"type": "string", "pattern": r"^[\s\S]*$"},
+        {"type": "string", "pattern": r"^\W*\D*\S*$"},
+        {"type": "string", "pattern": "^[^a]*$"},
+        {"type": "string", "pattern": r"^[\u0000-\uffff]*$"},
+        {"type": "string", "pattern": "^[a-zDSML｜▁<>/ ]*$"},
+        {"type": "string", "minLength": 15},
+    ],
+)
+def test_patterns_long_texts_and_enums_have_no_bars(bench: Bench, schema: dict[str, Any]) -> None:
+    """There the expression alone must do: llguidance cannot always tell what two of them have in common."""
+    raw, quoted = bound(one(schema)), bound(one({"type": "array", "items": schema}))
+    for text in (f"x{'</' * 9}{mark}" for mark in MARKED):
+        before, after = block(("f", {"p": "@@"})).split("@@")
+        ids = [*bench.ids(before), *bench.tokenizer.encode(text), *bench.ids(after)]
+        assert not bench.accepts(raw, ids), text
+        before, after = block(("f", {"p": ["@@"]})).split("@@")
+        ids = [*bench.ids(before), *bench.tokenizer.encode(text), *bench.ids(after)]
+        assert not bench.accepts(quoted, ids), text
+    if "enum" not in schema:
+        assert bench.accepts(raw, block(("f", {"p": f"x{'</' * 9}"})))
+        assert bench.accepts(quoted, block(("f", {"p": [f"x{'</' * 9}"]})))
 
 
 def test_no_special_token_comes_within_values(bench: Bench) -> None:
@@ -889,13 +1043,17 @@ def test_content_is_json_of_its_schema(bench: Bench, seed: int) -> None:
 @pytest.mark.parametrize(
     "schema, good, bad",
     [
-        ({"type": "object"}, ["{}", '{"a": [1, null]}'], ["[]", '{"a":1}', '{"a": NaN}', " {}", "{}\n", '{"a": "<｜User｜>"}']),
+        (
+            {"type": "object"},
+            ["{}", '{"a": [1, null]}'],
+            ["[]", '{"a":1}', '{"a": NaN}', " {}", "{}\n", '{"a": "<｜User｜>"}'],
+        ),
         ({"type": "string"}, ['"a"', '"｜"'], ["a", f'"{EOS}"', f'"<{DSML}"']),
         ({"$ref": "#/$defs/N", "$defs": {"N": {"enum": [1, "x"]}}}, ["1", '"x"'], ["2", "x"]),
         ({}, ["1", '"x"', "[]"], ["x"]),
         (True, ["null"], ["nul"]),
     ],
-)  # fmt: skip
+)
 def test_content_may_be_any_json_that_fits(bench: Bench, schema: Any, good: list[str], bad: list[str]) -> None:
     constraint = bound(schema=schema)
     assert [text for text in good if not bench.accepts(constraint, bench.tokenizer.encode(text))] == []
@@ -969,6 +1127,32 @@ def test_many_tools_are_compiled_soon(bench: Bench, count: int, most: int) -> No
     assert again - compiled < compiled - written
     parsed = read(bench.walk(constraint, rng, most=20_000), tools) if count == 64 else None
     assert parsed is None or parsed.tool_calls
+
+
+def test_what_would_be_too_much_for_llguidance_is_refused_or_left_out(bench: Bench) -> None:
+    number = {"type": "integer"}
+    with pytest.raises(InputError, match="1001 tools are declared: give at most 1000"):
+        bound([tool(f"f{i}") for i in range(1001)])
+    many = [tool(f"f{i}", properties={"a": number}) for i in range(1000)]
+    assert bench.accepts(bound(many), block(("f999", {"a": 1}), ("f0", {})))
+    names = [f"p{i}" for i in range(3000)]
+    parameters = {"properties": dict.fromkeys(names, number), "required": names[-5:]}
+    with pytest.raises(InputError, match="more than 500 parameters"):
+        bound([tool(strict=True, **parameters)])
+    assert bench.accepts(bound([tool(**parameters)]), block(("f", dict.fromkeys(names[-5:], 1))))
+    with pytest.raises(InputError, match="requires 501 parameters: give 500 at most"):
+        bound([tool(**parameters | {"required": names[:501]})])
+    with pytest.raises(InputError, match="more than 400 properties"):
+        bound(one({"type": "object", **parameters}, strict=True))
+    nested_ = bound(one({"type": "object", **parameters}))
+    assert bench.accepts(nested_, block(("f", {"p": dict.fromkeys(names[-5:], 1) | {"p7": "x"}})))
+    either = [{"required": [name]} for name in names[:20]]
+    parameters = {"properties": dict.fromkeys(names[:50], number), "anyOf": either}
+    with pytest.raises(InputError, match="so many alternatives"):
+        bound([tool(strict=True, **parameters)])
+    assert bench.accepts(bound([tool(**parameters)]), block(("f", dict.fromkeys(names[:50], 1))))
+    product = [{"anyOf": [{"required": [f"{a}{b}"]} for b in range(10)]} for a in range(9)]
+    bench.start(bound([tool(allOf=product)]))
 
 
 def test_tools_are_taken_from_a_release_that_flags_its_tokens_as_ordinary(

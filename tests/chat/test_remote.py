@@ -237,7 +237,8 @@ class Engine:
 @contextmanager
 def running(app: Any) -> Iterator[str]:
     """The base URL of an application on a free port."""
-    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="critical", lifespan="off"))
+    config = uvicorn.Config(app, port=0, log_level="critical", lifespan="off", timeout_graceful_shutdown=1)
+    server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
     while not server.started:
@@ -891,8 +892,7 @@ def loose(prompt: str) -> str:
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_tool_turn_is_repaired_on_its_way(kind: str, tokenizer: Tokenizer | None, stream: bool) -> None:
     engine = Engine(loose, kind, per_chunk=2, cached=4)
-    with running(engine.app()) as upstream, serving(remote(upstream, tokenizer)) as url:
-        api = client(url)
+    with running(engine.app()) as upstream, serving(remote(upstream, tokenizer)) as url, client(url) as api:
         messages: list[Any] = [{"role": "user", "content": "weather?"}]
         if stream:
             options: Any = {"stream": True, "stream_options": {"include_usage": True}}
@@ -930,25 +930,25 @@ def test_a_tool_turn_is_repaired_on_its_way(kind: str, tokenizer: Tokenizer | No
 def test_errors_of_the_upstream_reach_the_client() -> None:
     engine = Engine(str, refuse=JSONResponse(LONG["vllm"], 400))
     ask: dict[str, Any] = {"model": "v4", "messages": [{"role": "user", "content": "hi"}]}
-    with running(engine.app()) as upstream, serving(remote(upstream)) as url:
+    with running(engine.app()) as upstream, serving(remote(upstream)) as url, client(url) as api:
         with pytest.raises(openai.BadRequestError) as caught:
-            client(url).chat.completions.create(**ask)
+            api.chat.completions.create(**ask)
         assert caught.value.code == "context_length_exceeded"
         engine.refuse = JSONResponse({"error": {"message": "full"}}, 503)
         with pytest.raises(openai.InternalServerError) as busy:
-            client(url).chat.completions.create(**ask, stream=True)
+            api.chat.completions.create(**ask, stream=True)
         assert busy.value.status_code == 503 and busy.value.response.headers["retry-after"]
         engine.refuse, engine.breaks = None, {3: b"data: {broken\n\n"}
         engine.script = lambda _: "one two three four five"
         with pytest.raises(openai.APIError, match="no completion"):
-            list(client(url).chat.completions.create(**ask, stream=True))
+            list(api.chat.completions.create(**ask, stream=True))
 
 
 def test_a_client_that_leaves_frees_the_upstream() -> None:
     engine = Engine(lambda _: THINK_END + "word " * 10_000, pause=0.005, context=1 << 20)
-    with running(engine.app()) as upstream, serving(remote(upstream)) as url:
+    with running(engine.app()) as upstream, serving(remote(upstream)) as url, client(url) as api:
         ask: dict[str, Any] = {"model": "v4", "messages": [{"role": "user", "content": "hi"}]}
-        stream = client(url).chat.completions.create(**ask, stream=True)
+        stream = api.chat.completions.create(**ask, stream=True)
         for _, _chunk in zip(range(3), stream, strict=False):
             assert engine.active == 1
         stream.close()
@@ -970,7 +970,8 @@ def test_the_command_needs_no_torch() -> None:
                 url = process.stdout.readline().removeprefix("listening on ").strip()
                 assert url, process.stderr.read()
                 ask: Any = [{"role": "user", "content": "hi"}]
-                found = client(url).chat.completions.create(model="v4", messages=ask)
+                with client(url) as api:
+                    found = api.chat.completions.create(model="v4", messages=ask)
                 assert found.choices[0].message.content == "Yes" and engine.authorizations == ["Bearer secret"]
             finally:
                 process.send_signal(signal.SIGINT)
@@ -993,12 +994,15 @@ def test_the_bundled_model_says_the_same_behind_the_gateway(local: LocalComplete
         "model": "nano", "messages": [{"role": "user", "content": "And the king said unto the people. " * 20}],
         "max_tokens": 40, "temperature": 0.8, "logprobs": True, "top_logprobs": 2,
     }  # fmt: skip
-    with serving(local) as direct, serving(remote(direct)) as gateway:
+    with (
+        serving(local) as direct, serving(remote(direct)) as gateway,
+        client(direct) as one_api, client(gateway) as other_api,
+    ):  # fmt: skip
         for seed in range(3):
             for thinking in ("enabled", "disabled"):
                 extra = {"thinking": {"type": thinking}}
                 one, other = (
-                    client(url).chat.completions.create(**ask, seed=seed, extra_body=extra) for url in (direct, gateway)
+                    api.chat.completions.create(**ask, seed=seed, extra_body=extra) for api in (one_api, other_api)
                 )
                 assert one.choices[0].message == other.choices[0].message
                 assert one.choices[0].finish_reason == other.choices[0].finish_reason
@@ -1007,7 +1011,7 @@ def test_the_bundled_model_says_the_same_behind_the_gateway(local: LocalComplete
                 assert one.usage.prompt_tokens == other.usage.prompt_tokens
         cached = other.usage.prompt_tokens_details
         assert cached is not None and (cached.cached_tokens or 0) >= 128
-        streamed = client(gateway).chat.completions.create(**ask, seed=2, stream=True, extra_body=extra)
+        streamed = other_api.chat.completions.create(**ask, seed=2, stream=True, extra_body=extra)
         text = "".join(chunk.choices[0].delta.content or "" for chunk in streamed)
         assert text == other.choices[0].message.content
         body = {"model": "nano", "prompt": "In the beginning", "max_tokens": 10, "seed": 3, "echo": True, "logprobs": 1}

@@ -13,7 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from abyssal.base.errors import CapacityError, InputError, TokenError
+from abyssal.base.errors import CapacityError, ContextError, InputError, TokenError
 from abyssal.engine.disk_cache import DiskCache
 from abyssal.engine.engine import Engine
 from abyssal.engine.prefix_cache import POLICIES, Policy, PrefixCache
@@ -291,7 +291,7 @@ def test_bad_requests_are_refused_and_others_go_on() -> None:
         return lambda: Request(prompt=prompt, max_tokens=max_tokens, **more)  # type: ignore[arg-type]
 
     refused(engine, ask(()), TokenError, "empty")
-    refused(engine, ask((1,) * 1000), TokenError, r"1000 tokens, the context holds 1000")
+    refused(engine, ask((1,) * 1000), ContextError, r"1000 tokens, the context holds 1000")
     refused(engine, ask((-1,)), TokenError, rf"token id -1 .* 0\.\.{top}")
     refused(engine, ask((10**6,)), TokenError, "1000000")
     refused(engine, ask(stop=(10**6,)), TokenError, "stop token id")

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 import uvicorn
 
-from abyssal.base.errors import TokenError
+from abyssal.base.errors import ContextError
 from abyssal.chat.api import Accepted, Completer, Completion, Continued, Load, PromptUse, TokenInfo
 from abyssal.encoding.literals import EOS
 from abyssal.encoding.render import prompt_text
@@ -45,7 +45,7 @@ class Scripted:
         """Text of characters."""
         wrong = next((i for i in ids if not 0 <= i < 0xD800), None)
         if wrong is not None:
-            raise TokenError(f"token {wrong} is out of range")
+            raise ContextError(f"token {wrong} is out of range")
         return "".join(map(chr, ids))
 
     def token_bytes(self, token: int) -> bytes:
@@ -74,7 +74,7 @@ class Scripted:
 
         prompt = "".join(p.text if isinstance(p, Piece) else self.decode([p]) for p in completion.prompt)
         if len(prompt) >= self.context:
-            raise TokenError(f"the prompt has {len(prompt)} tokens, the context holds {self.context}: shorten it")
+            raise ContextError(f"the prompt has {len(prompt)} tokens, the context holds {self.context}: shorten it")
         self.prompts.append(prompt)
         self.completions.append(completion)
         self.active += 1
@@ -93,7 +93,8 @@ class Scripted:
                         break
                     last = i == min(len(pieces), limit) - 1
                     finish = None if not last else "stop" if piece == EOS else "length"
-                    info = TokenInfo(ord(piece[0]), -0.5, ((ord(piece[0]), -0.5),) * min(completion.top_logprobs or 0, 1))
+                    top = ((ord(piece[0]), -0.5),) if completion.top_logprobs else ()
+                    info = TokenInfo(ord(piece[0]), -0.5, top)
                     yield Continued(choice, piece, info, finish)  # type: ignore[arg-type]
         finally:
             self.active -= 1

@@ -43,7 +43,7 @@ def test_a_trace_tells_tokens_and_blocks() -> None:
         assert trace["prompt"]["texts"][-1] == "<think>" and trace["ratio"] == 4
         (told,) = trace["answers"]
         assert told["finish_reason"] == "length" and len(told["tokens"]) == 12
-        assert [token["kind"] for token in told["tokens"]][0] == "reasoning"
+        assert told["tokens"][0]["kind"] == "reasoning"
         logprobs = answer.choices[0].logprobs
         assert logprobs is not None and logprobs.content is not None
         for place, (token, shown) in enumerate(zip(told["tokens"], logprobs.content, strict=True)):
