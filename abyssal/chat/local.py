@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import codecs
+import contextlib
 import queue
 import threading
+from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
-from dataclasses import dataclass
+from typing import Any
 
-from abyssal.base.errors import AbyssalError, CapacityError, ContextError, RunError, TokenError
+from abyssal.base.errors import CapacityError, ContextError, RunError, TokenError
 from abyssal.chat.api import Accepted, Completion, Continued, Load, PromptUse, TokenInfo
-from abyssal.chat.constraint import lark_text
+from abyssal.chat.constrain.calls import lark_text
 from abyssal.encoding.literals import EOS, THINK_END
 from abyssal.encoding.snapshots import Snapshot
 from abyssal.encoding.tokenizer import Piece, Tokenizer
@@ -53,16 +55,29 @@ class _Stopping:
         return self._decoder.decode(new, event.finish is not None)
 
 
-@dataclass
 class _Waiting:
-    """Who waits for the events of a request."""
+    """Who waits for the events of a request, and those that have come."""
 
-    loop: asyncio.AbstractEventLoop
-    events: asyncio.Queue[Event | BaseException]
+    def __init__(self) -> None:
+        self.loop = asyncio.get_running_loop()
+        self._come: deque[Event | BaseException] = deque()
+        self._wanted: asyncio.Future[None] | None = None
 
-    def tell(self, what: Event | BaseException) -> None:
-        """Hand something over, from the engine's thread."""
-        self.loop.call_soon_threadsafe(self.events.put_nowait, what)
+    def put(self, what: Event | BaseException) -> None:
+        """Take one more, in the loop's thread."""
+        self._come.append(what)
+        if self._wanted is not None and not self._wanted.done():
+            self._wanted.set_result(None)
+
+    async def get(self) -> Event:
+        """The next one."""
+        while not self._come:
+            self._wanted = self.loop.create_future()
+            await self._wanted
+        what = self._come.popleft()
+        if isinstance(what, BaseException):
+            raise what
+        return what
 
 
 class LocalCompleter:
@@ -120,9 +135,7 @@ class LocalCompleter:
         self._commands.put(self._interrupt)
 
     def _interrupt(self) -> None:
-        for number, waiting in self._waiting.items():
-            for event in self.engine.cancel(number):
-                waiting.tell(event)
+        self._tell([event for number in self._waiting for event in self.engine.cancel(number)])
 
     def close(self) -> None:
         """Stop the thread; what runs is cancelled."""
@@ -133,8 +146,8 @@ class LocalCompleter:
         """Continue a prompt; see `Completer`."""
         request = self._request(completion)
         prompt = request.prompt
-        waiting = _Waiting(asyncio.get_running_loop(), asyncio.Queue())
-        number = await self._do(lambda: self._add(request, waiting))
+        waiting = _Waiting()
+        number = await self._added(request, waiting)
         record = self.engine.records[number]
         kind: type[_Stopping] | type[_Plain] = _Stopping if completion.stop else _Plain
         texts = [kind(self.tokenizer) for _ in range(completion.n)]
@@ -143,9 +156,7 @@ class LocalCompleter:
         try:
             yield Accepted()
             while left:
-                event = await waiting.events.get()
-                if isinstance(event, BaseException):
-                    raise event
+                event = await waiting.get()
                 if not said:
                     ids = prompt if completion.trace else ()
                     scores = tuple(TokenInfo(s.token, s.logprob, s.top) if s else None for s in record.scores)
@@ -196,30 +207,38 @@ class LocalCompleter:
             trace=completion.trace,
         )  # fmt: skip
 
-    async def _do(self, work: Callable[[], int]) -> int:
-        """Run something on the engine's thread."""
-        loop = asyncio.get_running_loop()
-        done: asyncio.Future[int] = loop.create_future()
+    async def _added(self, request: Request, waiting: _Waiting) -> int:
+        """The number of a request, once the engine has taken it.
 
-        def run() -> None:
+        Raises:
+            AbyssalError: the engine refused it.
+        """
+        done: asyncio.Future[int] = waiting.loop.create_future()
+
+        def add() -> None:
+            result: int | Exception
             try:
-                result = work()
+                result = self.engine.add(request)
+                self._waiting[result] = waiting
             except CapacityError as error:  # of a request that could never fit; others wait
-                loop.call_soon_threadsafe(_fail, done, ContextError(str(error)))
-            except AbyssalError as error:
-                loop.call_soon_threadsafe(_fail, done, error)
-            else:
-                loop.call_soon_threadsafe(_succeed, done, result)
+                result = ContextError(str(error))
+            except Exception as error:  # whatever is wrong with one request must not end the others
+                result = error
+            self._call(waiting.loop, answer, result)
+
+        def answer(result: int | Exception) -> None:
+            if not done.cancelled():
+                if isinstance(result, int):
+                    done.set_result(result)
+                else:
+                    done.set_exception(result)
+            elif isinstance(result, int):  # who asked has left in the meantime
+                self._commands.put(lambda: self._remove(result))
 
         if not self._thread.is_alive():
             raise RunError("the engine has stopped: start the server again")
-        self._commands.put(run)
+        self._commands.put(add)
         return await done
-
-    def _add(self, request: Request, waiting: _Waiting) -> int:
-        number = self.engine.add(request)
-        self._waiting[number] = waiting
-        return number
 
     def _remove(self, number: int) -> None:
         self._waiting.pop(number, None)
@@ -235,21 +254,29 @@ class LocalCompleter:
                     if command is None:
                         return
                     command()
-                for event in self.engine.step():
-                    waiting = self._waiting.get(event.request)
-                    if waiting is not None:
-                        waiting.tell(event)
+                self._tell(self.engine.step())
         except BaseException as error:
             for waiting in self._waiting.values():
-                waiting.tell(RunError(f"the engine failed ({error}): see the log"))
+                self._call(waiting.loop, waiting.put, RunError(f"the engine failed ({error}): see the log"))
             raise
 
+    def _tell(self, events: Sequence[Event]) -> None:
+        """Hand events over to who waits for them, all of a step at once: each call wakes the loop."""
+        found: dict[asyncio.AbstractEventLoop, list[tuple[_Waiting, Event]]] = {}
+        for event in events:
+            waiting = self._waiting.get(event.request)
+            if waiting is not None:
+                found.setdefault(waiting.loop, []).append((waiting, event))
+        for loop, those in found.items():
+            self._call(loop, _put, those)
 
-def _succeed(future: asyncio.Future[int], result: int) -> None:
-    if not future.done():
-        future.set_result(result)
+    @staticmethod
+    def _call(loop: asyncio.AbstractEventLoop, what: Callable[[Any], None], value: object) -> None:
+        # a loop that is closed has nobody left who waits; its requests are removed when their iterators are
+        with contextlib.suppress(RuntimeError):
+            loop.call_soon_threadsafe(what, value)
 
 
-def _fail(future: asyncio.Future[int], error: BaseException) -> None:
-    if not future.done():
-        future.set_exception(error)
+def _put(events: Sequence[tuple[_Waiting, Event]]) -> None:
+    for waiting, event in events:
+        waiting.put(event)

@@ -24,7 +24,7 @@ from abyssal.chat.api import (
     TokensRead,
     Usage,
 )
-from abyssal.chat.constraint import constraint_of
+from abyssal.chat.constrain.calls import constraint_of
 from abyssal.encoding.literals import DSML
 from abyssal.encoding.parse import Call, End, Event, Parser, Reasoning, Repair, Text
 from abyssal.encoding.render import render
@@ -126,7 +126,7 @@ async def answer(completer: Completer, request: ChatRequest) -> AsyncIterator[Ch
                     continue
                 for event in _events(state, part, request):
                     yield event
-                if all(other.over for other in answers):
+                if state.over and all(other.over for other in answers):
                     break
                 continue
             if isinstance(part, PromptUse):
@@ -181,6 +181,8 @@ def _translated(state: _Answer, event: Event, choice: int, request: ChatRequest)
 
 def _content(state: _Answer, event: Text, choice: int, stop: tuple[str, ...]) -> list[ChatEvent]:
     """Content up to a stop string, which may lie across pieces."""
+    if not stop:
+        return [TextDelta(choice, event.text)] if event.text else []
     text = state.held + event.text
     state.held = ""
     ended_by = None

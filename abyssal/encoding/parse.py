@@ -35,6 +35,9 @@ _CLOSED_TAG = re.compile(r'(?:[^">]|"[^"]*")*+>')
 LONGEST_MARK = 64  # characters of a closing tag or a special token with all its gaps
 LONGEST_TAG = 2048  # a tag that has not closed by then is none
 _TOKEN = re.compile("|".join(map(re.escape, SPECIAL_TOKENS)))
+_TOKEN_ENDS = tuple({token[-1] for token in SPECIAL_TOKENS})
+_INTEREST = re.compile("[<`\\n｜]")  # what in content may be more than text
+SLICE = 4096  # characters of a long piece that are looked at together
 SHOWN = 100  # characters of a repair's detail
 # DSML's mark stands inside tags; the others stand alone
 _TOKENS = tuple(token for token in SPECIAL_TOKENS if token != DSML)
@@ -147,7 +150,13 @@ class Parser:
 
     def feed(self, text: str) -> list[Event]:
         """What one more piece makes certain."""
-        self._buffer += text
+        if len(text) <= SLICE:
+            self._buffer += text
+            return self._run()
+        # each step cuts the buffer's beginning off, which is a copy of the rest: keep it short
+        for at in range(0, len(text), SLICE):
+            self._buffer += text[at : at + SLICE]
+            self._consume()
         return self._run()
 
     def finish(self) -> list[Event]:
@@ -164,10 +173,13 @@ class Parser:
         return events
 
     def _run(self) -> list[Event]:
-        while self._buffer and self._state():
-            pass
+        self._consume()
         events, self._events = self._events, []
         return events
+
+    def _consume(self) -> None:
+        while self._buffer and self._state():
+            pass
 
     # states; each consumes from the buffer and says whether it could
 
@@ -194,7 +206,8 @@ class Parser:
 
     def _content(self) -> bool:
         """Plain text up to the next thing of interest."""
-        place = next((i for i, c in enumerate(self._buffer) if c in "<`\n｜"), len(self._buffer))
+        found = _INTEREST.search(self._buffer)
+        place = found.start() if found else len(self._buffer)
         if place:
             self._text(self._buffer[:place])
             self._buffer = self._buffer[place:]
@@ -439,11 +452,12 @@ class Parser:
             self._tail = ""
         else:
             joined = self._tail + text
-            found = _TOKEN.search(joined)
-            while found is not None:
-                joined = joined[: found.end() - 1] + " " + joined[found.end() - 1 :]
+            if any(end in text for end in _TOKEN_ENDS):  # else no token ends here
                 found = _TOKEN.search(joined)
-            text = joined[len(self._tail) :]
+                while found is not None:
+                    joined = joined[: found.end() - 1] + " " + joined[found.end() - 1 :]
+                    found = _TOKEN.search(joined)
+                text = joined[len(self._tail) :]
             self._tail = joined[-LONGEST_MARK:]
         self._emit(Text, text)
 

@@ -42,6 +42,9 @@ class Tokenizer:
 
     Args:
         folder: the release.
+    Attributes:
+        vocab_size: number of ids that have a text.
+        lengths: characters of the ids that streams have met: without special tokens' texts, and with.
     Raises:
         CheckpointError: the file is missing or no tokenizer.
     """
@@ -61,11 +64,8 @@ class Tokenizer:
         self._tokenizer.encode_special_tokens = True  # special strings in text are text
         self._special = {token.content: number for number, token in self._tokenizer.get_added_tokens_decoder().items()}
         self._special_ids = frozenset(self._special.values())
-
-    @property
-    def vocab_size(self) -> int:
-        """Number of ids that have a text."""
-        return int(self._tokenizer.get_vocab_size(with_added_tokens=True))
+        self.lengths: tuple[dict[int, int], dict[int, int]] = {}, {}
+        self.vocab_size = int(self._tokenizer.get_vocab_size(with_added_tokens=True))
 
     def special(self, text: str) -> int:
         """The id of a special token.
@@ -135,6 +135,7 @@ class TextStream:
     def __init__(self, tokenizer: Tokenizer, keep_special: bool):
         self._tokenizer = tokenizer
         self._keep_special = keep_special
+        self._lengths = tokenizer.lengths[keep_special]
         self._ids: list[int] = []  # ids since the last text that ended in a whole character
         self._given = 0
 
@@ -149,8 +150,11 @@ class TextStream:
             return new
         new = text[self._given :]
         # one id of context stays, because some tokenizers treat the first id of a text differently
-        self._ids = self._ids[-1:]
-        self._given = len(self._tokenizer.decode(self._ids, keep_special=self._keep_special))
+        self._ids = [token]
+        given = self._lengths.get(token)
+        if given is None:
+            given = self._lengths[token] = len(self._tokenizer.decode(self._ids, keep_special=self._keep_special))
+        self._given = given
         return new
 
     def finish(self) -> str:

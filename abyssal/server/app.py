@@ -8,7 +8,7 @@ import logging
 import re
 import secrets
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -288,8 +288,8 @@ class Server:
                 headers |= _repaired(turn)
                 filler = getattr(wire, "FILLER", sse.COMMENT)
                 pause = self.settings.keep_alive_s
-                told = self._told(first, pieces, request)
-                return sse.Stream(told, close=_closer(pieces), filler=filler, pause=pause, headers=headers)
+                return sse.Stream(pieces, first=first, failed=self._teller(request, _as_event), filler=filler,
+                                  pause=pause, headers=headers)  # fmt: skip
             answers = wire.whole(turn, asked)
             await anext(answers)
             return await self._waited(request, answers, turn, headers)
@@ -320,32 +320,25 @@ class Server:
                 await answers.aclose()  # type: ignore[attr-defined]
 
         async def told() -> AsyncIterator[bytes]:
-            try:
-                made = await answer
-            except AbyssalError as error:
-                made = _shape(request, api_error(error))
-            except Exception as error:
-                made = _shape(request, self._logged(error, request))
-            yield sse.compact(made)
+            yield sse.compact(await answer)
 
         async def close() -> None:
             answer.cancel()
             await asyncio.gather(answer, return_exceptions=True)
             await answers.aclose()  # type: ignore[attr-defined]
 
-        pause = self.settings.keep_alive_s
-        return sse.Stream(told(), close=close, filler=b"\n", pause=pause, headers=headers,
+        return sse.Stream(told(), failed=self._teller(request, sse.compact), close=close, filler=b"\n",
+                          pause=self.settings.keep_alive_s, headers=headers,
                           media_type="application/json")  # fmt: skip
 
-    async def _told(self, first: bytes, rest: AsyncIterator[bytes], request: Request) -> AsyncIterator[bytes]:
-        """The pieces of a stream, and an error event in the end if there is a bug: the status is out."""
-        yield first
-        try:
-            async for piece in rest:
-                yield piece
-        except Exception as error:
-            shape = _shape(request, self._logged(error, request))
-            yield sse.event(shape) if "type" in shape else sse.data(shape)
+    def _teller(self, request: Request, write: Callable[[dict[str, Any]], bytes]) -> Callable[[Exception], bytes]:
+        """How an error is told when the status is out already."""
+
+        def tell(error: Exception) -> bytes:
+            told = api_error(error) if isinstance(error, AbyssalError) else self._logged(error, request)
+            return write(_shape(request, told))
+
+        return tell
 
     # models, traces, operation
 
@@ -475,8 +468,8 @@ def _repaired(turn: Begun) -> dict[str, str]:
     return {"x-abyssal-repaired": ", ".join(turn.repaired)} if turn.repaired else {}
 
 
-def _closer(pieces: AsyncIterator[bytes]) -> Callable[[], Awaitable[None]]:
-    return pieces.aclose  # type: ignore[attr-defined]
+def _as_event(shape: dict[str, Any]) -> bytes:
+    return sse.event(shape) if "type" in shape else sse.data(shape)
 
 
 def _page(name: str) -> Handler:

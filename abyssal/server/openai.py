@@ -281,10 +281,20 @@ async def stream(turn: Turn, asked: Asked) -> AsyncIterator[bytes]:
         choice = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish}
         return b"".join((b"data: ", head, b',"choices":[', sse.compact(choice), tail))
 
+    def said(index: int, name: str, text: str) -> bytes:
+        """A chunk with text, which most are: as `chunk` writes it, in a third of the time."""
+        return b'data: %b,"choices":[{"index":%d,"delta":{"%b":%b},"logprobs":null,"finish_reason":null}%b' % (
+            head, index, name.encode(), sse.compact(text), tail
+        )  # fmt: skip
+
     try:
         async with aclosing(turn.events()) as events:  # type: ignore[type-var]
             async for event in events:
-                if isinstance(event, Accepted):
+                if isinstance(event, TextDelta):
+                    yield said(event.choice, "content", event.text)
+                elif isinstance(event, ReasoningDelta):
+                    yield said(event.choice, "reasoning_content", event.text)
+                elif isinstance(event, Accepted):
                     accepted = True
                     for index in range(turn.request.n):
                         yield chunk(index, {"role": "assistant", "content": ""})
@@ -308,11 +318,7 @@ async def stream(turn: Turn, asked: Asked) -> AsyncIterator[bytes]:
 
 
 def _deltas(turn: Turn, event: ChatEvent) -> list[tuple[dict[str, Any], str | None, Any]]:
-    """Deltas of an event, with finish reason and log-probabilities."""
-    if isinstance(event, ReasoningDelta):
-        return [({"reasoning_content": event.text}, None, None)]
-    if isinstance(event, TextDelta):
-        return [({"content": event.text}, None, None)]
+    """Deltas of an event that is no text, with finish reason and log-probabilities."""
     if isinstance(event, CallMade):
         begun = _call(event)
         begun["function"]["arguments"] = ""

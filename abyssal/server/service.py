@@ -91,7 +91,7 @@ class Turn:
             self.meter.repaired(name)
 
     async def events(self) -> AsyncIterator[ChatEvent]:
-        """The events of `chat.turn.answer`.
+        """The events of `chat.turn.answer`; `TokensRead` only where log-probabilities are asked for.
 
         Raises:
             ApiError: there is no place now; nothing has been said yet.
@@ -100,6 +100,7 @@ class Turn:
         service, meter = self.service, self.meter
         trace = Trace(self.id, self._caller, self._route, self.request) if self.request.trace else None
         told = _Told()
+        tokens_too = self.request.top_logprobs is not None
         with service.limits.place(self._caller):
             try:
                 async with aclosing(answer(self.completer, self.request)) as events:  # type: ignore[type-var]
@@ -107,6 +108,10 @@ class Turn:
                         told.add(event, meter)
                         if trace is not None:
                             trace.add(event, meter.seconds)
+                        if isinstance(event, TokensRead):
+                            if tokens_too:
+                                yield event
+                            continue
                         if isinstance(event, Repaired):
                             self.repaired.append(event.name)
                         yield event
@@ -152,11 +157,13 @@ class _Told:
 
     def add(self, event: ChatEvent, meter: Meter) -> None:
         """One more."""
-        if isinstance(event, ReasoningDelta):
-            self.reasoning.setdefault(event.choice, []).append(event.text)
-            meter.output()
+        if isinstance(event, TokensRead):
+            self.read += len(event.tokens)
         elif isinstance(event, TextDelta):
             self.content.append(event.text)
+            meter.output()
+        elif isinstance(event, ReasoningDelta):
+            self.reasoning.setdefault(event.choice, []).append(event.text)
             meter.output()
         elif isinstance(event, CallMade):
             self.calls.setdefault(event.choice, []).append(event.id)
@@ -166,8 +173,6 @@ class _Told:
         elif isinstance(event, Finished):
             self.finish = event.reason
             meter.finished(event.reason)
-        elif isinstance(event, TokensRead):
-            self.read += len(event.tokens)
         elif isinstance(event, PromptUse):
             self.usage = Usage(event.tokens, event.cached, 0, 0)
         elif isinstance(event, Usage):

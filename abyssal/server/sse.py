@@ -13,11 +13,12 @@ from starlette.types import Receive, Scope, Send
 
 COMMENT = b": keep-alive\n\n"
 DONE = b"data: [DONE]\n\n"
+_encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 
 
 def compact(value: Any) -> bytes:
     """JSON without blank space."""
-    return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode(errors="replace")
+    return _encode(value).encode(errors="replace")
 
 
 def data(value: Any) -> bytes:
@@ -36,8 +37,9 @@ class Stream(Response):
     A timer writes the fillers, so that pieces pass without any waiting of their own.
 
     Args:
-        pieces: of the body.
-        close: called in the end, whatever happens; `pieces` itself may not have begun by then.
+        pieces: of the body, behind `first`; closed in the end, whatever happens.
+        failed: the last piece, if something is raised after the status went out.
+        close: called in the end too; `pieces` may not have begun by then, and closing them does nothing.
         filler: sent after `pause` quiet seconds: a comment, an event, or blank space.
         status, headers, media_type: of the response.
     """
@@ -46,7 +48,9 @@ class Stream(Response):
         self,
         pieces: AsyncIterator[bytes],
         *,
-        close: Callable[[], Awaitable[None]],
+        first: bytes = b"",
+        failed: Callable[[Exception], bytes],
+        close: Callable[[], Awaitable[None]] | None = None,
         filler: bytes = COMMENT,
         pause: float,
         headers: Mapping[str, str],
@@ -55,7 +59,8 @@ class Stream(Response):
         super().__init__(None, headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no", **headers},
                          media_type=media_type)  # fmt: skip
         del self.headers["content-length"]
-        self._pieces, self._close, self._filler, self._pause = pieces, close, filler, pause
+        self._pieces, self._first, self._failed, self._close = pieces, first, failed, close
+        self._filler, self._pause = filler, pause
         self._sent = time.monotonic()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -69,16 +74,23 @@ class Stream(Response):
                     task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
             await self._pieces.aclose()  # type: ignore[attr-defined]
-            await self._close()
+            if self._close is not None:
+                await self._close()
         if not tasks[0].cancelled():
             tasks[0].result()
 
     async def _pump(self, send: Send) -> None:
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-        async for piece in self._pieces:
-            self._sent = time.monotonic()
-            await send({"type": "http.response.body", "body": piece, "more_body": True})
-        await send({"type": "http.response.body", "body": b"", "more_body": False})
+        last = b""
+        if self._first:
+            await send({"type": "http.response.body", "body": self._first, "more_body": True})
+        try:
+            async for piece in self._pieces:
+                self._sent = time.monotonic()
+                await send({"type": "http.response.body", "body": piece, "more_body": True})
+        except Exception as error:
+            last = self._failed(error)
+        await send({"type": "http.response.body", "body": last, "more_body": False})
 
     async def _fill(self, send: Send) -> None:
         while True:

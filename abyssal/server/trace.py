@@ -59,24 +59,29 @@ class Trace:
     def add(self, event: ChatEvent, seconds: float) -> None:
         """Take an event in, `seconds` after the request came."""
         self.seconds = seconds
-        if isinstance(event, PromptUse):
+        if isinstance(event, TokensRead):
+            answer = self._answer(event.choice)
+            if self.first_token_s is None:
+                self.first_token_s = seconds
+            answer.tokens += event.tokens
+            old = len(answer.tokens) - BLOCK_TOKENS
+            if old > 0 and answer.tokens[old - 1].blocks:
+                info = answer.tokens[old - 1]
+                answer.tokens[old - 1] = TokenInfo(info.token, info.logprob, info.top)
+        elif isinstance(event, Repaired):
+            self._answer(event.choice).repairs.append({"name": event.name, "detail": event.detail})
+        elif isinstance(event, Finished):
+            self._answer(event.choice).finish = event.reason
+        elif isinstance(event, PromptUse):
             self.prompt = event
         elif isinstance(event, Usage):
             self.usage = event
-        elif isinstance(event, TokensRead | Repaired | Finished):
-            answer = self.answers.setdefault(event.choice, _Answer())
-            if isinstance(event, Repaired):
-                answer.repairs.append({"name": event.name, "detail": event.detail})
-            elif isinstance(event, Finished):
-                answer.finish = event.reason
-            else:
-                if self.first_token_s is None:
-                    self.first_token_s = seconds
-                answer.tokens += event.tokens
-                old = len(answer.tokens) - BLOCK_TOKENS
-                if old > 0 and answer.tokens[old - 1].blocks:
-                    info = answer.tokens[old - 1]
-                    answer.tokens[old - 1] = TokenInfo(info.token, info.logprob, info.top)
+
+    def _answer(self, choice: int) -> _Answer:
+        found = self.answers.get(choice)
+        if found is None:
+            found = self.answers[choice] = _Answer()
+        return found
 
     def summary(self, model: str) -> dict[str, Any]:
         """One line of the list."""

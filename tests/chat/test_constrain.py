@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from abyssal.base.errors import InputError
 from abyssal.chat.api import Constraint
-from abyssal.chat.constraint import constraint_of, lark_text
+from abyssal.chat.constrain.calls import constraint_of, lark_text
 from abyssal.cli.models import bundled_folder
 from abyssal.encoding.dsml import calls
 from abyssal.encoding.literals import DSML, EOS, SPECIAL_TOKENS, THINK_END
