@@ -429,6 +429,9 @@ class Engine:
     def _token(self, run: Running, logits: NDArray[np.float64]) -> Event:
         request = run.request
         allowed = run.matcher.allowed() if run.matcher is not None else None
+        if run.matcher is not None and run.matcher.problem is not None:
+            error = f"the grammar cannot be followed any further ({run.matcher.problem}): make it simpler"
+            return self._end(run, Event(run.request_number, run.choice, None, finish="failed", error=error))
         answer = run.answer
         if request.close is not None and len(answer) >= request.close[1] and request.close[0] not in answer:
             token = request.close[0]

@@ -101,6 +101,11 @@ class Matcher:
         self._matcher.consume_token(token)
 
     @property
+    def problem(self) -> str | None:
+        """What broke the matcher, which then allows nothing but the end; None if nothing did."""
+        return _first_line(self._matcher.get_error()) if self._matcher.is_error() else None
+
+    @property
     def complete(self) -> bool:
         """Whether nothing but the end may follow."""
         return bool(self._matcher.is_stopped())

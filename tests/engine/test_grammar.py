@@ -124,6 +124,25 @@ def test_a_grammar_without_a_tokenizer_is_refused(engine: Engine) -> None:
         bare.add(Request(prompt=(1,), max_tokens=1, stop_strings=("a",)))
 
 
+def test_a_grammar_that_breaks_fails_its_answer_and_no_other(engine: Engine, tokenizer: Tokenizer) -> None:
+    """llguidance gives up on what outgrows its limits; an answer cut there must not look finished."""
+    path, end = bundled_folder() / "tokenizer.json", tokenizer.special(EOS)
+    broken = GrammarCompiler(path, engine.model.config.vocab_size, end)
+    matcher = broken.start(Grammar("regex", "ab+"))
+    matcher.accept(tokenizer.encode("z")[0])  # not allowed: it breaks
+    assert matcher.problem is not None
+    other = engine.add(Request(prompt=(0, 5), max_tokens=5))
+    number = engine.add(Request(prompt=(0, 5), max_tokens=5, grammar=Grammar("regex", "ab+")))
+    for run in [*engine._waiting, *engine._running.values()]:
+        if run.request_number == number:
+            run.matcher = matcher
+    while engine.busy:
+        engine.step()
+    failed = engine.records[number].answers[0]
+    assert failed.finish_reason == "failed" and "make it simpler" in (failed.error or "")
+    assert engine.records[other].answers[0].finish_reason == "length"
+
+
 def test_a_grammar_waits_for_its_tokens_in_their_order(engine: Engine, tokenizer: Tokenizer) -> None:
     """A comma, then a full stop behind it; a full stop before the comma does not count."""
     comma, stop, end = tokenizer.encode(",")[0], tokenizer.encode(".")[0], tokenizer.special(EOS)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import lru_cache
 from typing import Any
 
 from abyssal.base.errors import InputError
@@ -27,6 +28,7 @@ MOST_TOOLS = 1_000  # llguidance keeps 2,000 possibilities in sight
 MOST_UNDECLARED = 4  # parameters that no schema declares, of one call
 MOST_BITS = 56  # parameters whose set fits into a rule's 64 bits, beside the counter of undeclared ones
 MOST_JSON = 400_000  # characters of schemas, beyond which parameters of lenient tools may be any JSON
+REMEMBERED = 64  # constraints
 _NONE = {"type": "object", "properties": {}, "additionalProperties": False}
 _ENTRY = "\0"  # in grammar text: the DSML token
 _RAW, _AS_JSON = '"true">', '"false">'  # how the opening tag of a parameter ends
@@ -58,9 +60,15 @@ def constraint_of(
         InputError: no answer can be as asked, or a strict schema cannot be enforced.
     """
     try:
-        return _constraint(tools, mode, name, parallel, schema, schema_strict, thinking)
+        return _remembered(json.dumps([list(tools), mode, name, parallel, schema, schema_strict, thinking]))
     except RecursionError:
         raise InputError("schemas of this request refer to each other too deeply: make them flatter") from None
+
+
+@lru_cache(maxsize=REMEMBERED)
+def _remembered(asked: str) -> Constraint | None:
+    """The constraint of arguments as JSON: each turn of an agent brings the same tools, perhaps hundreds."""
+    return _constraint(*json.loads(asked))
 
 
 def _constraint(
