@@ -79,6 +79,7 @@ class Bench:
         self.model, self.tokenizer = model, tokenizer
         self.end = tokenizer.special(EOS)
         self.completer = LocalCompleter(self._engine(), tokenizer, "nano")
+        self.alone = self._engine()
 
     def _engine(self) -> Engine:
         return Engine(self.model, budget=BUDGET, slots=32, token_bytes=self.tokenizer.token_bytes)
@@ -97,7 +98,7 @@ class Bench:
 
     def engine(self, streams: int, tokens: int) -> Took:
         """The engine alone."""
-        engine = self._engine()
+        engine = self.alone
         wall, cpu = time.perf_counter(), time.process_time()
         requests = [self.completer._request(self._completion(i, tokens)) for i in range(streams)]
         numbers = [engine.add(request) for request in requests]

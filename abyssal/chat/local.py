@@ -22,6 +22,7 @@ from abyssal.engine.grammar import Grammar
 from abyssal.engine.request import Event, Request
 from abyssal.engine.sampler import Sampling
 
+LONG = 1 << 16  # characters of a prompt whose encoding would hold up the loop
 BANNED = -100.0  # bias of a token that must not come
 
 
@@ -144,7 +145,10 @@ class LocalCompleter:
 
     async def complete(self, completion: Completion) -> AsyncIterator[Accepted | PromptUse | Continued]:
         """Continue a prompt; see `Completer`."""
-        request = self._request(completion)
+        if sum(len(piece.text) for piece in completion.prompt if isinstance(piece, Piece)) > LONG:
+            request = await asyncio.to_thread(self._request, completion)
+        else:
+            request = self._request(completion)
         prompt = request.prompt
         waiting = _Waiting()
         number = await self._added(request, waiting)

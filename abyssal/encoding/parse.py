@@ -10,6 +10,7 @@ import json
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
 from typing import Any
 
 from abyssal.encoding.dsml import BEFORE_CALLS, as_json
@@ -175,7 +176,7 @@ class Parser:
     def _run(self) -> list[Event]:
         self._consume()
         events, self._events = self._events, []
-        return events
+        return _joined(events) if len(events) > 1 else events
 
     def _consume(self) -> None:
         while self._buffer and self._state():
@@ -462,12 +463,7 @@ class Parser:
         self._emit(Text, text)
 
     def _emit(self, kind: type[Reasoning] | type[Text], text: str) -> None:
-        if not text:
-            return
-        last = self._events[-1] if self._events else None
-        if isinstance(last, kind):
-            self._events[-1] = kind(last.text + text)
-        else:
+        if text:
             self._events.append(kind(text))
 
     def _give(self, kind: type[Reasoning] | type[Text], held: int) -> bool:
@@ -513,6 +509,17 @@ class Parser:
     @staticmethod
     def _opens(text: str) -> bool:
         return _WRAPPER.match(text) is not None or _INVOKE.match(text) is not None
+
+
+def _joined(events: Sequence[Event]) -> list[Event]:
+    """Texts that follow each other as one."""
+    made: list[Event] = []
+    for kind, found in groupby(events, key=type):
+        if issubclass(kind, Reasoning | Text):
+            made.append(kind("".join(event.text for event in found if isinstance(event, kind))))
+        else:
+            made += found
+    return made
 
 
 def _type_of(schema: Any, key: str) -> Any:

@@ -15,6 +15,7 @@ import tokenizers
 
 from abyssal.base.errors import CheckpointError, TokenError
 
+SHORT = 4096  # characters
 REPLACEMENT = "\ufffd"
 
 
@@ -85,7 +86,10 @@ class Tokenizer:
             TokenError: the text has a lone surrogate, which no encoding can hold.
         """
         try:
-            return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
+            if len(text) <= SHORT:
+                return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
+            # `encode` keeps all other threads of Python waiting, for a second and more with a long text
+            return list(self._tokenizer.encode_batch_fast([text], add_special_tokens=False)[0].ids)
         except (UnicodeEncodeError, TypeError) as error:
             raise TokenError(f"the text is not valid Unicode ({error}): remove lone surrogates") from None
 

@@ -7,6 +7,7 @@ is left over: no request that still computes, no place taken, no task, no open f
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import json
 import os
@@ -32,7 +33,13 @@ import openai
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from abyssal.chat.api import Accepted, Completer, Completion, Continued, PromptUse
+from abyssal.base.errors import InputError
+from abyssal.chat.api import Accepted, Completer, Completion, Continued, PromptUse, Sampling
+from abyssal.chat.local import LocalCompleter
+from abyssal.checkpoint.load import load_model
+from abyssal.cli.models import bundled_folder
+from abyssal.encoding.tokenizer import Piece, Tokenizer
+from abyssal.engine.engine import Engine
 from abyssal.server.app import Server
 from abyssal.server.openapi import plain
 from abyssal.server.run import _Uvicorn
@@ -865,3 +872,93 @@ def test_browsers_of_other_origins_may_not_call_unless_listed() -> None:
         assert refused.status_code == 401 and refused.headers["access-control-allow-origin"] == origin
         answer = send(server.url + CHAT, method="OPTIONS", **{**asking, "origin": "https://other.example"})
         assert answer.status_code == 400 and "access-control-allow-origin" not in answer.headers
+
+
+# the engine's thread
+
+
+@pytest.fixture(scope="module")
+def local() -> Iterator[LocalCompleter]:
+    tokenizer = Tokenizer(bundled_folder())
+    engine = Engine(load_model(bundled_folder()).requires_grad_(False), budget=1 << 27, slots=4)
+    completer = LocalCompleter(engine, tokenizer, "nano")
+    yield completer
+    completer.close()
+
+
+def completion(max_tokens: int) -> Completion:
+    return Completion(prompt=[1, 300, 301], max_tokens=max_tokens, sampling=Sampling(temperature=0))
+
+
+def test_who_leaves_before_the_engine_took_the_request_leaves_nothing(local: LocalCompleter) -> None:
+    async def leave() -> None:
+        for _ in range(20):
+            asked = asyncio.ensure_future(anext(local.complete(completion(10_000))))
+            await asyncio.sleep(0)  # the engine is asked, and has not answered
+            asked.cancel()
+            await asyncio.gather(asked, return_exceptions=True)
+        end = time.monotonic() + WAIT_S  # in this loop, which the engine tells that it has the request
+        while local.engine.busy or local.engine.records:
+            assert time.monotonic() < end
+            await asyncio.sleep(0.01)
+
+    asyncio.run(leave())
+
+
+def test_a_request_that_breaks_the_engine_breaks_alone(
+    local: LocalCompleter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def tokens() -> int:
+        return len([part async for part in local.complete(completion(5)) if isinstance(part, Continued)])
+
+    async def three() -> list[Any]:
+        return await asyncio.gather(tokens(), tokens(), tokens(), return_exceptions=True)
+
+    added = local.engine.add
+    calls = itertools.count()
+
+    def add(request: Any) -> int:
+        if next(calls) == 1:
+            raise ZeroDivisionError
+        return added(request)
+
+    monkeypatch.setattr(local.engine, "add", add)
+    first, second, third = asyncio.run(three())
+    assert first == third == 5 and isinstance(second, ZeroDivisionError)
+
+
+def test_an_event_loop_that_closed_ends_its_requests_alone(local: LocalCompleter) -> None:
+    kept = local.complete(completion(300))
+
+    async def begin() -> None:
+        await anext(kept)
+
+    loop = asyncio.new_event_loop()
+    loop.run_until_complete(begin())
+    loop.close()  # without closing the iterator, as asyncio.run would
+
+    async def others() -> int:
+        return len([part async for part in local.complete(completion(5)) if isinstance(part, Continued)])
+
+    assert asyncio.run(others()) == 5
+
+
+def test_a_long_prompt_holds_nobody_up(local: LocalCompleter, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is encoded beside the loop."""
+    threads: list[int] = []
+    encode = local.tokenizer.encode_pieces
+
+    def encoded(pieces: Any) -> list[int]:
+        threads.append(threading.get_ident())
+        return encode(pieces)
+
+    monkeypatch.setattr(local.tokenizer, "encode_pieces", encoded)
+
+    async def ask_with(text: str) -> None:
+        asked = Completion(prompt=[Piece(text)], max_tokens=1, sampling=Sampling())
+        with contextlib.suppress(InputError):
+            await anext(local.complete(asked))
+
+    asyncio.run(ask_with("short"))
+    asyncio.run(ask_with("long " * 100_000))
+    assert threads[0] == threading.get_ident() != threads[1]
