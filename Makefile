@@ -8,7 +8,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: run test lint clean
+.PHONY: run test lint native sanitize neon clean
 
 run: $(VENV)/.installed
 	@if [ -t 0 ] && [ -t 1 ]; then $(BIN)/abyssal chat; \
@@ -35,6 +35,27 @@ $(VENV)/.installed: $(VENV)/.torch pyproject.toml
 $(VENV)/.installed-test: $(VENV)/.torch pyproject.toml
 	$(BIN)/python -m pip install --quiet --editable '.[test]'
 	@touch $@ $(VENV)/.installed
+
+# The native kernels again, after a change of the C++ sources; keeps its objects in build/native.
+native: $(VENV)/.installed-test
+	$(BIN)/python -m pip install --quiet scikit-build-core nanobind
+	$(BIN)/python -m pip install --quiet --no-build-isolation --no-deps --editable . -C build-dir=build/native
+
+KERNELS = abyssal/kernels/fast/cpu
+
+# The checking program under address and undefined-behaviour sanitizers.
+sanitize:
+	cmake -S $(KERNELS) -B build/sanitize -DABYSSAL_PYTHON=OFF -DABYSSAL_CHECK=ON -DABYSSAL_SANITIZE=ON
+	cmake --build build/sanitize --parallel
+	UBSAN_OPTIONS=print_stacktrace=1 build/sanitize/abyssal_check
+
+# The checking program for NEON, cross-compiled and emulated (Debian: g++-aarch64-linux-gnu qemu-user).
+neon:
+	cmake -S $(KERNELS) -B build/neon -DABYSSAL_PYTHON=OFF -DABYSSAL_CHECK=ON \
+	  -DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=aarch64 -DCMAKE_CXX_COMPILER=aarch64-linux-gnu-g++ \
+	  -DCMAKE_EXE_LINKER_FLAGS=-static
+	cmake --build build/neon --parallel
+	qemu-aarch64 build/neon/abyssal_check
 
 clean:
 	rm -rf $(VENV) build *.egg-info .mypy_cache .pytest_cache .ruff_cache
