@@ -7,6 +7,8 @@ TORCH ?= torch==2.13.0
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
+KERNELS = abyssal/kernels/fast/cpu
+SOURCES = pyproject.toml $(shell find $(KERNELS) -type f)
 
 .PHONY: run test lint native sanitize neon clean
 
@@ -28,11 +30,11 @@ $(VENV)/.torch:
 	$(BIN)/python -m pip install --quiet $(TORCH)
 	@touch $@
 
-$(VENV)/.installed: $(VENV)/.torch pyproject.toml
+$(VENV)/.installed: $(VENV)/.torch $(SOURCES)
 	$(BIN)/python -m pip install --quiet --editable .
 	@touch $@
 
-$(VENV)/.installed-test: $(VENV)/.torch pyproject.toml
+$(VENV)/.installed-test: $(VENV)/.torch $(SOURCES)
 	$(BIN)/python -m pip install --quiet --editable '.[test]'
 	@touch $@ $(VENV)/.installed
 
@@ -40,8 +42,6 @@ $(VENV)/.installed-test: $(VENV)/.torch pyproject.toml
 native: $(VENV)/.installed-test
 	$(BIN)/python -m pip install --quiet scikit-build-core nanobind
 	$(BIN)/python -m pip install --quiet --no-build-isolation --no-deps --editable . -C build-dir=build/native
-
-KERNELS = abyssal/kernels/fast/cpu
 
 # The checking program under address and undefined-behaviour sanitizers.
 sanitize:

@@ -79,9 +79,7 @@ def test_a_missing_extension_is_said_once_and_the_reference_runs() -> None:
 
 
 def test_doctor_says_what_runs() -> None:
-    done = subprocess.run(
-        [ABYSSAL, "doctor", "--json", "--no-bandwidth"], capture_output=True, text=True
-    )
+    done = subprocess.run([ABYSSAL, "doctor", "--json", "--no-bandwidth"], capture_output=True, text=True)
     report = json.loads(done.stdout)
     assert report["kernels"]["name"] in NAMES
     assert report["kernels"]["why"]
