@@ -6,6 +6,9 @@
 
 namespace abyssal::ABYSSAL_ISA {
 
+// What fits into the registers: groups side by side for one row; rows and strips of a tile.
+constexpr int side_by_side = 8, tile_rows = 6, tile_strips = 4;
+
 struct Lanes {
   __m512 v;
 };
