@@ -9,6 +9,7 @@ namespace abyssal {
 // One or several matrices of equal shape. The arrays belong to tensors that `data` and `scales` keep alive.
 struct PackedWeight {
   Weight weight;
+  bool stored;  // not packed: as it lies in a release
   std::int64_t matrices;
   nb::object data, scales;
 };

@@ -8,7 +8,7 @@ namespace abyssal {
 namespace {
 
 struct Packed {
-  std::vector<std::uint8_t> data, scales;
+  std::vector<std::uint8_t> data, scales, stored, stored_scales;
   std::vector<float> tile_scales;
   Weight weight;
 };
@@ -38,6 +38,14 @@ Packed random_weight(Format format, std::int64_t matrices, std::int64_t outputs,
   for (auto& byte : out.scales) byte = static_cast<std::uint8_t>(120 + random_below(12));
   out.tile_scales.resize(static_cast<std::size_t>(matrices * ((outputs + 127) / 128) * out.weight.tiles_across()));
   for (auto& scale : out.tile_scales) scale = random_below(2) ? 0.25f : 8.0f;
+  // as in a release: [matrices][outputs][groups]
+  const std::int64_t strips = out.weight.strips(), groups = out.weight.groups();
+  for (std::int64_t e = 0; e < matrices; ++e)
+    for (std::int64_t o = 0; o < outputs; ++o)
+      for (std::int64_t g = 0; g < groups; ++g)
+        out.stored_scales.push_back(
+            out.scales[static_cast<std::size_t>(((e * strips + o / 16) * groups + g) * 16 + o % 16)]);
+  out.stored = stored;
   out.weight.data = out.data.data();
   out.weight.scales = out.scales.data();
   out.weight.tile_scales = out.tile_scales.data();
@@ -46,14 +54,21 @@ Packed random_weight(Format format, std::int64_t matrices, std::int64_t outputs,
 
 template <class T>
 void compare(const Kernels& kernels, const Packed& packed, const std::vector<T>& x, std::int64_t rows,
-             const std::vector<std::int64_t>& firsts) {
-  const auto size = static_cast<std::size_t>(rows * packed.weight.outputs);
-  std::vector<T> got(size), want(size);
+             const std::vector<std::int64_t>& firsts, bool columns, bool stored) {
   const auto matrices = static_cast<std::int64_t>(firsts.size()) - 1;
-  LinearArgs args{packed.weight, matrices, firsts.data(), rows, sizeof(T) == 2, x.data(), got.data()};
-  kernels.linear(args);
-  args.y = want.data();
+  const std::int64_t parts = columns ? matrices : 1;
+  const auto size = static_cast<std::size_t>(rows * parts * packed.weight.outputs);
+  std::vector<T> got(size), want(size);
+  LinearArgs args{packed.weight, false, matrices, columns ? nullptr : firsts.data(), columns, rows, sizeof(T) == 2,
+                  x.data(), want.data(), parts * packed.weight.inputs, parts * packed.weight.outputs};
   plain().linear(args);
+  args.y = got.data();
+  if (stored) {
+    args.stored = true;
+    args.weight.data = packed.stored.data();
+    args.weight.scales = packed.stored_scales.data();
+  }
+  kernels.linear(args);
   ABYSSAL_EXPECT(got == want);
 }
 
@@ -68,9 +83,13 @@ void check_linear(const Kernels& kernels) {
         std::vector<std::uint16_t> narrow(x.size());
         for (std::size_t i = 0; i < x.size(); ++i)
           narrow[i] = static_cast<std::uint16_t>(__builtin_bit_cast(std::uint32_t, x[i]) >> 16);
+        if (rows % 2 == 0) {
+          compare(kernels, packed, x, rows / 2, {0, 0, rows / 2}, true, rows == 4);
+          compare(kernels, packed, narrow, rows / 2, {0, 0, rows / 2}, true, rows == 4);
+        }
         for (const std::int64_t border : {std::int64_t{0}, rows / 3, rows}) {
-          compare(kernels, packed, x, rows, {0, border, rows});
-          compare(kernels, packed, narrow, rows, {0, border, rows});
+          compare(kernels, packed, x, rows, {0, border, rows}, false, border == 0);
+          compare(kernels, packed, narrow, rows, {0, border, rows}, false, border == rows);
         }
       }
     }

@@ -5,7 +5,7 @@
 // its scale, is added to the total in one more. It is the order of the processor's bfloat16 product, and since
 // scales are powers of two, a quantised weight gives the same bits as its values in float32.
 //
-// There are two ways through it: `few` takes values out of registers as they are unpacked, for a few rows; `tile`
+// There are two ways through it: `few` takes values out of registers as they are unpacked, for a few rows; a tile
 // reads values that were unpacked before, for many rows.
 #pragma once
 
@@ -88,40 +88,52 @@ inline void few(const Weight& w, std::int64_t strip, const float* const (&x)[R],
   for (; group < groups; ++group) few_groups<F, R, 1>(w, strip, group, x, totals);
 }
 
-// A block as float32, [32 inputs][16 lanes].
-template <class F, int k = 0>
-inline void store_chunk(const typename F::Raw& raw, float* to) {
-  if constexpr (k < F::inputs) {
-    store(to + k * lanes, F::template value<k>(raw));
-    store_chunk<F, k + 1>(raw, to);
-  }
-}
-template <class F>
-inline void unpack_block(const std::uint8_t* block, float* to) {
-  for (int chunk = 0; chunk < group_inputs / F::inputs; ++chunk)
-    store_chunk<F>(F::load(block + chunk * F::bytes), to + chunk * F::inputs * lanes);
-}
+// Rows of float32 against values in float32, [32 inputs][16 lanes] for a strip and a group.
+template <class F_>
+struct WideTile {
+  using F = F_;
+  using X = float;
+  using Value = float;
+  static constexpr int size = group_inputs * lanes;              // values of a strip and a group
+  static constexpr bool direct = F::format == Format::float32;  // blocks hold just these values
 
-// R rows against S strips over some groups: values [S][groups * 32][16], `stride` floats from strip to strip.
-template <int R, int S>
-inline void tile_group(const float* values, std::int64_t stride, const float* x, std::int64_t row_stride,
-                       Lanes (&sums)[R][S]) {
-  for (int r = 0; r < R; ++r)
-    for (int s = 0; s < S; ++s) sums[r][s] = zeros();
-  for (int i = 0; i < group_inputs; i += 2) {
+  template <int k = 0>
+  static void unpack_chunk(const typename F::Raw& raw, float* to) {
+    if constexpr (k < F::inputs) {
+      store(to + k * lanes, F::template value<k>(raw));
+      unpack_chunk<k + 1>(raw, to);
+    }
+  }
+  static void unpack(const std::uint8_t* block, float* to) {
+    for (int chunk = 0; chunk < group_inputs / F::inputs; ++chunk)
+      unpack_chunk(F::load(block + chunk * F::bytes), to + chunk * F::inputs * lanes);
+  }
+
+  // R rows against S strips, `stride` values from strip to strip.
+  template <int R, int S>
+  static void group(const float* values, std::int64_t stride, const float* x, std::int64_t row_stride,
+                    Lanes (&sums)[R][S]) {
+    for (int r = 0; r < R; ++r)
+      for (int s = 0; s < S; ++s) sums[r][s] = zeros();
+    for (int i = 0; i < group_inputs; i += 2) {
 #pragma GCC unroll 2
-    for (int j = 1; j >= 0; --j) {
-      Lanes value[S];
+      for (int j = 1; j >= 0; --j) {
+        Lanes value[S];
 #pragma GCC unroll 4
-      for (int s = 0; s < S; ++s) value[s] = load(values + s * stride + (i + j) * lanes);
+        for (int s = 0; s < S; ++s) value[s] = load(values + s * stride + (i + j) * lanes);
 #pragma GCC unroll 8
-      for (int r = 0; r < R; ++r) {
-        const Lanes one = all(x[r * row_stride + i + j]);
+        for (int r = 0; r < R; ++r) {
+          const Lanes one = all(x[r * row_stride + i + j]);
 #pragma GCC unroll 4
-        for (int s = 0; s < S; ++s) sums[r][s] = fma(value[s], one, sums[r][s]);
+          for (int s = 0; s < S; ++s) sums[r][s] = fma(value[s], one, sums[r][s]);
+        }
       }
     }
   }
-}
+};
 
 }  // namespace abyssal::ABYSSAL_ISA
+
+#if ABYSSAL_ISA_avx512
+#include "ops/product_bfloat16.hpp"
+#endif

@@ -49,4 +49,11 @@ inline float from_bfloat16(std::uint16_t x) {
   return value;
 }
 
+// The first `count` values, rounded.
+inline void store_bfloat16(std::uint16_t* to, Lanes x, int count = lanes) {
+  float values[lanes];
+  store(values, x);
+  for (int i = 0; i < count; ++i) to[i] = to_bfloat16(values[i]);
+}
+
 }  // namespace abyssal::ABYSSAL_ISA
