@@ -105,6 +105,11 @@ def native() -> ModuleType | None:
     return _module if (_choice or choice()).name != REFERENCE else None
 
 
+def extension() -> ModuleType | None:
+    """The extension module if there is one, whatever runs: what was packed stays readable."""
+    return _module
+
+
 @contextmanager
 def forced(name: str) -> Iterator[None]:
     """Another choice for a while, for tests and measurements; not for several threads at once.

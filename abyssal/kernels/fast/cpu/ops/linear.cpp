@@ -16,7 +16,7 @@ constexpr std::int64_t small_work = 1 << 17;  // products that are done before a
 // Rows up to which it pays to unpack values again for every four of them.
 template <class F>
 constexpr std::int64_t few_rows = F::format == Format::float32 ? 4 : 24;
-constexpr std::int64_t few_narrow_rows = 8;  // the same, where the processor multiplies bfloat16
+constexpr std::int64_t few_narrow_rows = 4;  // the same, where the processor multiplies bfloat16
 
 // What one matrix multiplies: rows, filled up to whole groups, and where the results go.
 struct Job {

@@ -60,12 +60,15 @@ class Many {
       Lanes sums[R][S];
       Tile::template group<R, S>(values + g * Tile::size, step, x_ + row * stride_ + (group + g) * group_inputs, stride_,
                                  sums);
+      Lanes scale[S];
+#pragma GCC unroll 4
+      for (int s = 0; s < S; ++s) scale[s] = scaled<F> ? load(scales_[g][s]) : zeros();
 #pragma GCC unroll 8
       for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
         for (int s = 0; s < S; ++s) {
           float* total = totals_[row + r][s];
-          if constexpr (scaled<F>) store(total, fold<F>(load(total), sums[r][s], load(scales_[g][s])));
+          if constexpr (scaled<F>) store(total, fold<F>(load(total), sums[r][s], scale[s]));
           else store(total, add(load(total), sums[r][s]));
         }
     }
