@@ -127,8 +127,7 @@ def _native_for(x: Tensor, weight: Tensor | Packed, scale: Tensor | None) -> Mod
         return None
     if isinstance(weight, Packed):
         return fast
-    found = format_of(weight, scale)
-    return fast if found is not None and (found != "float32" or x.dtype == torch.float32) else None
+    return fast if format_of(weight, scale) is not None else None
 
 
 class _Native(torch.autograd.Function):

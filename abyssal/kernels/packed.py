@@ -97,8 +97,9 @@ class Packed:
         self._scales = _kernel_scales(found, scale)
         self._scale = None if scale is None else scale.detach()
         if found == "float4" and self._scales is not None and self._scale is not None:
-            rows = F.pad(self._scales.view(self.matrices, self.shape[-2], -1), (0, 0, 0, -self.shape[-2] % STRIP))
-            self._scales = rows.view(self.matrices, -1, STRIP, self._groups).transpose(2, 3).contiguous().view(-1)
+            E, O, groups = self.matrices, self.shape[-2], self._groups
+            rows = F.pad(self._scales.view(E, O, groups), (0, 0, 0, -O % STRIP))
+            self._scales = rows.view(E, -(-O // STRIP), STRIP, groups).transpose(2, 3).contiguous().view(-1)
             self._scale = self._scale.new_empty(0)  # its type alone
         self.handle = fast.Weight(*self._sizes, False, self._data, self._scales)
 
@@ -131,7 +132,8 @@ class Packed:
         self._fast.pack(*self._sizes, weight.view(torch.uint8).view(-1), self._data, True)
         if self._scales is None or self._scale is None or self.format == "float8":
             return weight, self._scale
-        rows = self._scales.view(self.matrices, -1, self._groups, STRIP).transpose(2, 3).flatten(1, 2)
+        strips = -(-shape[-2] // STRIP)
+        rows = self._scales.view(self.matrices, strips, self._groups, STRIP).transpose(2, 3).flatten(1, 2)
         scale = rows[:, : shape[-2]].contiguous().view(*shape[:-1], self._groups)
         return weight, scale.view(self._scale.dtype)
 

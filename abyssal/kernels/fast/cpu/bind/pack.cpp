@@ -17,7 +17,7 @@ void bind_pack(nb::module_& m) {
         args.stored = stored.as<std::uint8_t>("stored", {matrices * outputs * inputs * bits / 8});
         args.packed =
             packed.as<std::uint8_t>("packed", {matrices * shape.strips() * shape.groups() * block_bytes(shape.format)});
-        if (args.stored == args.packed && (outputs % strip_outputs != 0 || inputs % group_inputs != 0))
+        if (args.stored == args.packed && args.stored != nullptr && (outputs % strip_outputs != 0 || inputs % group_inputs != 0))
           throw nb::value_error("in place, outputs must come in strips of 16 and inputs in groups of 32");
         ABYSSAL_CALL(pack, args);
       },
