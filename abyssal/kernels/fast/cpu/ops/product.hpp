@@ -77,10 +77,14 @@ inline void few_groups(const Weight& w, std::int64_t strip, std::int64_t group, 
   }
 }
 
+// What leaves room for values and rows in the registers.
+template <class F, int R>
+constexpr int few_side_by_side = F::side_by_side / (R > 1 ? 2 : 1) > 0 ? F::side_by_side / (R > 1 ? 2 : 1) : 1;
+
 // R rows against one strip; rows are filled with zeros to whole groups.
 template <class F, int R>
 inline void few(const Weight& w, std::int64_t strip, const float* const (&x)[R], Lanes (&totals)[R]) {
-  constexpr int G = R == 1 ? side_by_side : side_by_side > 1 ? side_by_side / 2 : 1;
+  constexpr int G = few_side_by_side<F, R>;
   const std::int64_t groups = w.groups();
   for (int r = 0; r < R; ++r) totals[r] = zeros();
   std::int64_t group = 0;

@@ -2,6 +2,7 @@
 //
 // Each format is a struct:
 //   inputs, bytes      of a chunk
+//   side_by_side       groups of one row that are summed at once, as many as fit into the registers
 //   unit               what the values must be multiplied by, a power of two: integers and halves come cheaper
 //   Raw load(bytes)    a chunk
 //   value<k>(raw)      input k of the chunk, for sixteen outputs
@@ -15,6 +16,13 @@ namespace abyssal::ABYSSAL_ISA {
 struct Float32 {
   static constexpr Format format = Format::float32;
   static constexpr int inputs = 2, bytes = 128;
+#if ABYSSAL_ISA_avx512
+  static constexpr int side_by_side = 8;
+#elif ABYSSAL_ISA_scalar
+  static constexpr int side_by_side = 1;
+#else
+  static constexpr int side_by_side = 4;
+#endif
   static constexpr float unit = 1.0f;
   struct Raw {
     Lanes pair[2];

@@ -5,6 +5,7 @@ namespace abyssal::ABYSSAL_ISA {
 struct Bfloat16 {
   static constexpr Format format = Format::bfloat16;
   static constexpr int inputs = 2, bytes = 64;
+  static constexpr int side_by_side = 4;
   static constexpr float unit = 1.0f;
   struct Raw {
     __m256i lo, hi;
@@ -28,6 +29,7 @@ struct Bfloat16 {
 struct Float8 {
   static constexpr Format format = Format::float8;
   static constexpr int inputs = 4, bytes = 64;
+  static constexpr int side_by_side = 2;
   static constexpr float unit = 256.0f;
   struct Raw {
     __m256i half[2];
@@ -45,36 +47,41 @@ struct Float8 {
   }
 };
 
-// A table of bytes gives twice the value, as an integer.
+// Two tables of bytes give the lower and the upper byte of a bfloat16; they are joined and brought back into lanes.
 struct Float4 {
   static constexpr Format format = Format::float4;
   static constexpr int inputs = 8, bytes = 64;
-  static constexpr float unit = 0.5f;
+  static constexpr int side_by_side = 2;
+  static constexpr float unit = 1.0f;
   struct Raw {
-    __m256i lo[2], hi[2];  // low and high nibbles of each byte, for eight lanes each
+    // eight lanes each; words of 32 bits hold inputs (0, 4), (1, 5), (2, 6), (3, 7), the first in the lower half
+    __m256i pairs[4][2];
   };
   static Raw load(const std::uint8_t* from) {
-    const __m256i table = _mm256_broadcastsi128_si256(
-        _mm_setr_epi8(0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12));
+    const __m256i low = _mm256_broadcastsi128_si256(
+        _mm_setr_epi8(0, 0, -128, -64, 0, 64, -128, -64, 0, 0, -128, -64, 0, 64, -128, -64));
+    const __m256i high = _mm256_broadcastsi128_si256(_mm_setr_epi8(
+        0, 0x3f, 0x3f, 0x3f, 0x40, 0x40, 0x40, 0x40, -128, -65, -65, -65, -64, -64, -64, -64));
     const __m256i mask = _mm256_set1_epi8(15);
     const auto* halves = reinterpret_cast<const __m256i*>(from);
     Raw raw;
-    for (int i = 0; i < 2; ++i) {
-      const __m256i x = _mm256_loadu_si256(halves + i);
-      raw.lo[i] = _mm256_shuffle_epi8(table, _mm256_and_si256(x, mask));
-      raw.hi[i] = _mm256_shuffle_epi8(table, _mm256_and_si256(_mm256_srli_epi16(x, 4), mask));
+    for (int half = 0; half < 2; ++half) {
+      const __m256i x = _mm256_loadu_si256(halves + half);
+      for (int nibble = 0; nibble < 2; ++nibble) {
+        const __m256i codes = _mm256_and_si256(nibble == 0 ? x : _mm256_srli_epi16(x, 4), mask);
+        const __m256i l = _mm256_shuffle_epi8(low, codes), h = _mm256_shuffle_epi8(high, codes);
+        const __m256 a = _mm256_castsi256_ps(_mm256_unpacklo_epi8(l, h));  // lanes 0, 1, 4, 5
+        const __m256 b = _mm256_castsi256_ps(_mm256_unpackhi_epi8(l, h));  // lanes 2, 3, 6, 7
+        raw.pairs[2 * nibble][half] = _mm256_castps_si256(_mm256_shuffle_ps(a, b, 0x88));
+        raw.pairs[2 * nibble + 1][half] = _mm256_castps_si256(_mm256_shuffle_ps(a, b, 0xdd));
+      }
     }
     return raw;
   }
   template <int k>
-  static __m256 one(__m256i x) {
-    constexpr int byte = k / 4 + k % 2 * 2;
-    return _mm256_cvtepi32_ps(_mm256_srai_epi32(byte == 3 ? x : _mm256_slli_epi32(x, 24 - 8 * byte), 24));
-  }
-  template <int k>
   static Lanes value(const Raw& raw) {
-    const __m256i* x = k / 2 % 2 ? raw.hi : raw.lo;
-    return {one<k>(x[0]), one<k>(x[1])};
+    const __m256i* x = raw.pairs[k % 4];
+    return {Bfloat16::one<k / 4>(x[0]), Bfloat16::one<k / 4>(x[1])};
   }
 };
 

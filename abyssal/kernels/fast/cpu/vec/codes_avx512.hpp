@@ -12,6 +12,7 @@ inline __m512i load_once(const std::uint8_t* from) {
 struct Bfloat16 {
   static constexpr Format format = Format::bfloat16;
   static constexpr int inputs = 2, bytes = 64;
+  static constexpr int side_by_side = 8;
   static constexpr float unit = 1.0f;
   using Raw = __m512i;
   static Raw load(const std::uint8_t* from) { return load_once(from); }
@@ -26,6 +27,7 @@ struct Bfloat16 {
 struct Float8 {
   static constexpr Format format = Format::float8;
   static constexpr int inputs = 4, bytes = 64;
+  static constexpr int side_by_side = 8;
   static constexpr float unit = 256.0f;
   struct Raw {
     __m512i byte[2];
@@ -47,6 +49,7 @@ struct Float8 {
 struct Float4 {
   static constexpr Format format = Format::float4;
   static constexpr int inputs = 8, bytes = 64;
+  static constexpr int side_by_side = 8;
   static constexpr float unit = 1.0f;
   using Raw = __m512i;
   static Raw load(const std::uint8_t* from) { return load_once(from); }

@@ -5,6 +5,7 @@ namespace abyssal::ABYSSAL_ISA {
 struct Bfloat16 {
   static constexpr Format format = Format::bfloat16;
   static constexpr int inputs = 2, bytes = 64;
+  static constexpr int side_by_side = 4;
   static constexpr float unit = 1.0f;
   struct Raw {
     uint32x4_t v[4];
@@ -28,6 +29,7 @@ struct Bfloat16 {
 struct Float8 {
   static constexpr Format format = Format::float8;
   static constexpr int inputs = 4, bytes = 64;
+  static constexpr int side_by_side = 2;
   static constexpr float unit = 256.0f;
   struct Raw {
     int16x8_t half[2][2];  // eight lanes each
@@ -54,6 +56,7 @@ struct Float8 {
 struct Float4 {
   static constexpr Format format = Format::float4;
   static constexpr int inputs = 8, bytes = 64;
+  static constexpr int side_by_side = 2;
   static constexpr float unit = 0.5f;
   struct Raw {
     int32x4_t lo[4], hi[4];  // low and high nibbles of each byte, for four lanes each

@@ -15,6 +15,7 @@ struct Bytes {
 struct Bfloat16 {
   static constexpr Format format = Format::bfloat16;
   static constexpr int inputs = 2, bytes = 64;
+  static constexpr int side_by_side = 1;
   static constexpr float unit = 1.0f;
   using Raw = Bytes;
   static Raw load(const std::uint8_t* from) { return {from}; }
@@ -33,6 +34,7 @@ struct Bfloat16 {
 struct Float8 {
   static constexpr Format format = Format::float8;
   static constexpr int inputs = 4, bytes = 64;
+  static constexpr int side_by_side = 1;
   static constexpr float unit = 1.0f;
   using Raw = Bytes;
   static Raw load(const std::uint8_t* from) { return {from}; }
@@ -54,6 +56,7 @@ struct Float8 {
 struct Float4 {
   static constexpr Format format = Format::float4;
   static constexpr int inputs = 8, bytes = 64;
+  static constexpr int side_by_side = 1;
   static constexpr float unit = 1.0f;
   using Raw = Bytes;
   static Raw load(const std::uint8_t* from) { return {from}; }

@@ -6,8 +6,8 @@
 
 namespace abyssal::ABYSSAL_ISA {
 
-// What fits into the registers: groups side by side for one row; rows and strips of a tile.
-constexpr int side_by_side = 4, tile_rows = 6, tile_strips = 1;
+// Rows and strips of a tile that fit into the registers.
+constexpr int tile_rows = 6, tile_strips = 1;
 
 struct Lanes {
   float32x4_t v[4];

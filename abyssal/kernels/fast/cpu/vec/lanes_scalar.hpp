@@ -4,8 +4,8 @@
 
 namespace abyssal::ABYSSAL_ISA {
 
-// What fits into the registers: groups side by side for one row; rows and strips of a tile.
-constexpr int side_by_side = 1, tile_rows = 1, tile_strips = 1;
+// Rows and strips of a tile that fit into the registers.
+constexpr int tile_rows = 1, tile_strips = 1;
 
 struct Lanes {
   float v[16];
