@@ -19,6 +19,7 @@ from abyssal.quant.e8m0 import decode_e8m0
 STRIP = 16  # outputs that are computed side by side
 GROUP = 32  # inputs that are summed before their scale is applied
 FORMATS = ("float32", "bfloat16", "float8", "float4")
+_PIECE = 1 << 22  # bytes that are looked at together
 _BITS = {"float32": 32, "bfloat16": 16, "float8": 8, "float4": 4}
 _DTYPES = {
     torch.float32: "float32",
@@ -44,9 +45,10 @@ def packable(weight: Tensor, scale: Tensor | None = None) -> bool:
     if native() is None or weight.requires_grad:
         return False
     found = format_of(weight, scale)
-    if found == "float8":
-        return not bool(((weight.view(torch.uint8) & 0x7F) == 0x7F).any())
-    return found is not None
+    if found != "float8":
+        return found is not None
+    pieces = weight.view(torch.uint8).flatten().split(_PIECE)
+    return not any(bool(((piece & 0x7F) == 0x7F).any()) for piece in pieces)
 
 
 def stored_weight(fast: ModuleType, weight: Tensor, scale: Tensor | None) -> Any:

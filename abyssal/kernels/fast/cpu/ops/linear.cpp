@@ -29,6 +29,16 @@ struct Job {
   std::int64_t y_stride;
   bool bfloat16;
 
+  // The rows from `first` on, at most `most`.
+  Job some(std::int64_t first, std::int64_t most) const {
+    Job part = *this;
+    part.rows = rows - first < most ? rows - first : most;
+    if (x != nullptr) part.x += first * x_stride;
+    if (narrow != nullptr) part.narrow += first * narrow_stride;
+    part.y = static_cast<std::uint8_t*>(y) + first * y_stride * (bfloat16 ? 2 : 4);
+    return part;
+  }
+
   void put(std::int64_t row, std::int64_t strip, Lanes value) const {
     const std::int64_t at = row * y_stride + strip * lanes, left = weight.outputs - strip * lanes;
     const int count = static_cast<int>(left < lanes ? left : lanes);
@@ -176,13 +186,21 @@ void linear(const LinearArgs& a) {
     job.y = static_cast<std::uint8_t*>(a.y) + (first * a.y_stride + part * w.outputs) * item;
     jobs[count++] = job;
   }
+  // a task is a set of strips against all rows of a job, or, where that makes too few tasks, against some
   const std::int64_t sets = (strips + tile_strips - 1) / tile_strips;
+  const std::int64_t piece = count * sets < 4 * threads() ? block_rows : a.rows;
+  Buffer<std::int64_t> ends(count);  // tasks of all jobs up to each
+  std::int64_t tasks = 0;
+  for (std::int64_t j = 0; j < count; ++j) ends[j] = tasks += sets * ((jobs[j].rows + piece - 1) / piece);
   parallel(
-      count * sets,
+      tasks,
       [&](std::int64_t task) {
         const Flush flush(a.bfloat16);
-        const Job& job = jobs[task / sets];
-        const std::int64_t strip = task % sets * tile_strips;
+        std::int64_t j = 0;
+        while (task >= ends[j]) ++j;
+        const std::int64_t in_job = task - (j > 0 ? ends[j - 1] : 0);
+        const Job job = jobs[j].some(in_job / sets * piece, piece);
+        const std::int64_t strip = in_job % sets * tile_strips;
         const int here = static_cast<int>(strips - strip < tile_strips ? strips - strip : tile_strips);
         if (a.stored) stored_strips_of(job, strip, here);
         else strips_of(job, job.weight, strip, strip, here);
