@@ -8,7 +8,7 @@
 namespace abyssal::ABYSSAL_ISA {
 
 constexpr std::int64_t block_rows = 192;  // rows whose totals are held while the weight goes by
-constexpr int chunk_groups = 4;           // groups that are unpacked at once
+constexpr int chunk_groups = 8;           // groups that are unpacked at once
 
 template <class Tile>
 class Many {
@@ -33,7 +33,7 @@ class Many {
     for (std::int64_t group = 0; group < w_.groups(); group += chunk_groups) {
       const int count = static_cast<int>(w_.groups() - group < chunk_groups ? w_.groups() - group : chunk_groups);
       const Value* values = values_[0];
-      std::int64_t step = chunk_groups * Tile::size;
+      std::int64_t step = chunk_groups * Tile::size + 16 * 1;
       if constexpr (Tile::direct) {
         values = reinterpret_cast<const Value*>(block_of<F>(w_, strip_, group));
         step = w_.groups() * Tile::size;
@@ -60,6 +60,7 @@ class Many {
       Lanes sums[R][S];
       Tile::template group<R, S>(values + g * Tile::size, step, x_ + row * stride_ + (group + g) * group_inputs, stride_,
                                  sums);
+      asm volatile("" : : : "memory");  // scales are loaded here, not before the sums fill the registers
       Lanes scale[S];
 #pragma GCC unroll 4
       for (int s = 0; s < S; ++s) scale[s] = scaled<F> ? load(scales_[g][s]) : zeros();
@@ -91,7 +92,7 @@ class Many {
   std::int64_t stride_, rows_;
   alignas(64) float totals_[block_rows][tile_strips][lanes];
   alignas(64) float scales_[chunk_groups][tile_strips][lanes];
-  alignas(64) Value values_[tile_strips][chunk_groups * Tile::size];
+  alignas(64) Value values_[tile_strips][chunk_groups * Tile::size + 16 * 1];
 };
 
 // Call put(row, strip, result) for all rows and `strips` strips (at most tile_strips) from `strip` on.
