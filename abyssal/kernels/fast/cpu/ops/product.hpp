@@ -14,6 +14,10 @@
 
 namespace abyssal::ABYSSAL_ISA {
 
+// Bytes between what is read and what is fetched for later. Groups side by side are read in turns, which the
+// processor's own prefetcher does not see through; a third of the memory's rate was lost without.
+constexpr int look_ahead = 4096;
+
 template <class F>
 constexpr bool scaled = F::format == Format::float8 || F::format == Format::float4;
 
@@ -64,7 +68,11 @@ inline void few_groups(const Weight& w, std::int64_t strip, std::int64_t group, 
   for (int chunk = 0; chunk < group_inputs / F::inputs; ++chunk) {
     typename F::Raw raw[G];
 #pragma GCC unroll 8
-    for (int g = 0; g < G; ++g) raw[g] = F::load(block + g * block_bytes(F::format) + chunk * F::bytes);
+    for (int g = 0; g < G; ++g) {
+      const std::uint8_t* from = block + g * block_bytes(F::format) + chunk * F::bytes;
+      raw[g] = F::load(from);
+      for (int line = 0; line < F::bytes; line += 64) __builtin_prefetch(from + line + look_ahead);
+    }
     add_chunk<F, R, G>(raw, x, group * group_inputs + chunk * F::inputs, sums);
   }
   for (int g = 0; g < G; ++g) {
@@ -79,7 +87,7 @@ inline void few_groups(const Weight& w, std::int64_t strip, std::int64_t group, 
 
 // What leaves room for values and rows in the registers.
 template <class F, int R>
-constexpr int few_side_by_side = F::side_by_side / (R > 1 ? 2 : 1) > 0 ? F::side_by_side / (R > 1 ? 2 : 1) : 1;
+constexpr int few_side_by_side = F::side_by_side >= (1 << R / 2) ? F::side_by_side >> R / 2 : 1;
 
 // R rows against one strip; rows are filled with zeros to whole groups.
 template <class F, int R>

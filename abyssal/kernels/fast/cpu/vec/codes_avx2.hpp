@@ -29,7 +29,7 @@ struct Bfloat16 {
 struct Float8 {
   static constexpr Format format = Format::float8;
   static constexpr int inputs = 4, bytes = 64;
-  static constexpr int side_by_side = 2;
+  static constexpr int side_by_side = 4;
   static constexpr float unit = 256.0f;
   struct Raw {
     __m256i half[2];
@@ -51,7 +51,7 @@ struct Float8 {
 struct Float4 {
   static constexpr Format format = Format::float4;
   static constexpr int inputs = 8, bytes = 64;
-  static constexpr int side_by_side = 2;
+  static constexpr int side_by_side = 4;
   static constexpr float unit = 1.0f;
   struct Raw {
     // eight lanes each; words of 32 bits hold inputs (0, 4), (1, 5), (2, 6), (3, 7), the first in the lower half
