@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from types import ModuleType
 
 import torch
+from torch import Tensor
 
 from abyssal.base.errors import InputError
 
@@ -108,6 +109,21 @@ def native() -> ModuleType | None:
 def extension() -> ModuleType | None:
     """The extension module if there is one, whatever runs: what was packed stays readable."""
     return _module
+
+
+def native_for(*tensors: Tensor | None) -> ModuleType | None:
+    """The extension module for float32 tensors on the CPU that need no gradient, or None for the reference.
+
+    Whether they are dense does not count: it may depend on the number of rows, and a row's bits must not.
+    """
+    module = native()
+    if module is None:
+        return None
+    learning = torch.is_grad_enabled()
+    for x in tensors:
+        if x is not None and (x.dtype is not torch.float32 or not x.is_cpu or (learning and x.requires_grad)):
+            return None
+    return module
 
 
 @contextmanager

@@ -11,8 +11,7 @@ from torch import Tensor, nn
 
 from abyssal.arch.config import ModelConfig
 from abyssal.kernels import attention
-from abyssal.kernels.rms_norm import rms_norm
-from abyssal.kernels.rotary import rotate_tail
+from abyssal.kernels.rotary import norm_and_rotate, rotate_tail
 from abyssal.kvcache.memory import CompressedMemory, LayerMemory
 from abyssal.model.batch import Batch, Group
 from abyssal.model.compressor import Compressor
@@ -83,8 +82,9 @@ class Attention(nn.Module):
         H, C = self.config.num_attention_heads, self.config.head_dim
         latent_TQ = self.q_norm(self.wq_a(x_TD))
         q_THC = self.wq_b(latent_TQ).unflatten(-1, (H, C))
-        q_THC = rotate_tail(rms_norm(q_THC, None, self.config.rms_norm_eps), turn_T.unsqueeze(1))
-        kv_TC = rotate_tail(self.kv_norm(self.wkv(x_TD)), turn_T)
+        eps = self.config.rms_norm_eps
+        q_THC = norm_and_rotate(q_THC, None, eps, turn_T.unsqueeze(1))
+        kv_TC = norm_and_rotate(self.wkv(x_TD), self.kv_norm.weight, eps, turn_T)
         near_KC = self._window(kv_TC, batch, memory)
         far = None
         if self.compressor is not None and memory.compressed is not None:
@@ -100,7 +100,7 @@ class Attention(nn.Module):
         else:
             o_AHC = self._gathered(q_THC, near_KC, far, batch, memory.compressed)
         o_THC = F.pad(o_AHC[: batch.padded], (0, 0, 0, 0, 0, max(batch.padded - len(o_AHC), 0)))
-        o_THC = rotate_tail(o_THC, turn_T.conj().unsqueeze(1))
+        o_THC = rotate_tail(o_THC, turn_T.unsqueeze(1), inverse=True)
         return self.wo_b(self.wo_a(o_THC.unflatten(1, (self.config.o_groups, -1)).flatten(2)))
 
     @staticmethod

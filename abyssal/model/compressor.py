@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from abyssal.arch.config import ModelConfig
 from abyssal.arch.schedule import LayerKind
 from abyssal.kernels.pool import pool
-from abyssal.kernels.rotary import rotate_tail
+from abyssal.kernels.rotary import norm_and_rotate
 from abyssal.kvcache.memory import CompressedMemory
 from abyssal.model.batch import Batch, BlockPlan
 from abyssal.model.linear import WideLinear
@@ -62,8 +62,8 @@ class Compressor(nn.Module):
         memory.logits.data.index_copy_(0, target, logits_TW.index_select(0, source))
         if slots is None:
             return None
-        entries_NC = self.norm(pool(*slots).to(x_TD.dtype))
-        return rotate_tail(entries_NC, rope.at(plan.starts))
+        pooled_NC = pool(*slots).to(x_TD.dtype)
+        return norm_and_rotate(pooled_NC, self.norm.weight, self.norm.eps, rope.at(plan.starts))
 
     def _slots(
         self, values_TW: Tensor, logits_TW: Tensor, plan: BlockPlan, memory: CompressedMemory

@@ -191,8 +191,8 @@ class Transformer(nn.Module):
 
     def leave(self, streams_TND: Tensor) -> Tensor:
         """Collapse the streams and apply the final norm, [T, D]."""
-        z_TD = collapse_head(streams_TND, self.hc_head_fn, self.hc_head_base, self.hc_head_scale, self.config)
-        return self.norm(z_TD)
+        head = self.hc_head_fn, self.hc_head_base, self.hc_head_scale
+        return collapse_head(streams_TND, *head, self.norm.weight, self.config)
 
     def logits(self, z_TD: Tensor) -> Tensor:
         """The head, in float32 (float64 for float64): z [..., D] -> [..., V]."""

@@ -66,6 +66,7 @@ const char* name_of(Type type) {
     case Type::int64: return "int64";
     case Type::boolean: return "bool";
     case Type::float8: return "float8";
+    case Type::complex64: return "complex64";
     default: return "another type";
   }
 }
@@ -83,6 +84,7 @@ Type type_of(nb::dlpack::dtype dtype) {
   if (code == dtype_code::Int && bits == 32) return Type::int32;
   if (code == dtype_code::Int && bits == 64) return Type::int64;
   if (code == dtype_code::Bool) return Type::boolean;
+  if (code == dtype_code::Complex && bits == 64) return Type::complex64;
   if (bits == 8 && dtype.code >= 7 && dtype.code <= 14) return Type::float8;
   return Type::other;
 }
@@ -104,6 +106,19 @@ bool describe_fast(PyObject* object, Array& out) {
   }
   if (step == 0) out.dense = true;
   return true;
+}
+
+void Array::check_type(const char* name, Type wanted_type) const {
+  if (type == wanted_type && dense) return;
+  const std::string message = std::string(name) + " is " + name_of(type) + (dense ? "" : " with gaps") +
+                              ": need dense " + name_of(wanted_type);
+  throw nb::value_error(message.c_str());
+}
+
+const float* Array::complex(const char* name) const {
+  check_type(name, Type::complex64);
+  if (ndim < 1) throw nb::value_error((std::string(name) + " needs a dimension").c_str());
+  return static_cast<const float*>(data);
 }
 
 void Array::check(const char* name, Type wanted_type, std::initializer_list<std::int64_t> wanted) const {

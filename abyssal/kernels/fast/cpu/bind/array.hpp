@@ -15,7 +15,7 @@ namespace abyssal {
 
 namespace nb = nanobind;
 
-enum class Type { float32, float64, bfloat16, int8, uint8, int32, int64, boolean, float8, other };
+enum class Type { float32, float64, bfloat16, int8, uint8, int32, int64, boolean, float8, complex64, other };
 
 const char* name_of(Type type);
 Type type_of(nb::dlpack::dtype dtype);
@@ -42,6 +42,16 @@ class Array {
     return static_cast<T*>(data);
   }
   void check(const char* name, Type wanted_type, std::initializer_list<std::int64_t> wanted) const;
+
+  // The data of any shape.
+  template <class T>
+  T* any(const char* name) const {
+    check_type(name, type_for<T>());
+    return static_cast<T*>(data);
+  }
+  // Complex numbers of any shape, at least one dimension: real and imaginary parts in turn.
+  const float* complex(const char* name) const;
+  void check_type(const char* name, Type wanted_type) const;
 
  private:
   template <class T>
