@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from abyssal.arch.schedule import LayerKind
+from abyssal.kernels.choice import native
 from abyssal.kernels.linear import row_unit
 from abyssal.kvcache.memory import Memory
 from abyssal.kvcache.sequence import SequenceCache, history
@@ -156,7 +157,9 @@ class Batch:
         self.count = first
         dtype = self.memory.dtype
         self.unit = max(row_unit(dtype), row_unit(wide_dtype(dtype)))
-        self.padded = -(-first // self.unit) * self.unit
+        # native products need no rows of nobody
+        full = native() is not None and dtype == torch.float32 and caches[0].memory.all_layers()[0].window.data.is_cpu
+        self.padded = max(first, 2) if full else -(-first // self.unit) * self.unit
         # a product over a batch of one takes another path
         self.attending = max(first, 2)
         self._positions = np.zeros(self.padded, np.int64)

@@ -9,13 +9,12 @@ from torch import Tensor, nn
 from abyssal.arch.config import ModelConfig
 from abyssal.kernels.index_topk import choose
 from abyssal.kernels.rotary import rotate_tail
+from abyssal.kernels.rounding import fake_fp4, hadamard
 from abyssal.kvcache.memory import CompressedMemory
 from abyssal.model.batch import Batch, Group
 from abyssal.model.compressor import Compressor
 from abyssal.model.linear import Linear, QuantLinear
 from abyssal.model.rope import Rope
-from abyssal.quant.fp4 import fake_fp4
-from abyssal.quant.hadamard import hadamard
 from abyssal.quant.numerics import Numerics
 from abyssal.quant.precision import wide
 

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from abyssal.kernels.linear import dequantise, linear, linear_by_columns
 from abyssal.kernels.packed import Packed, packable
-from abyssal.quant.fp8 import TILE, fake_fp8
+from abyssal.kernels.rounding import fake_fp8
+from abyssal.quant.fp8 import TILE
 from abyssal.quant.numerics import Numerics
 from abyssal.quant.precision import wide
 

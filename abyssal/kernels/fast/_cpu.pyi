@@ -38,3 +38,27 @@ def enter(
     """Streams x [T, N, D] to y [T, D] and gates: all post [T, N], then all mixes [T, N, N]; None: no gates but pre."""
 
 def leave(y: Tensor, x: Tensor, gates: Tensor, out: Tensor) -> None: ...
+def rounding(kind: int, block: int, x: Tensor, y: Tensor) -> None:
+    """Rows x [..., D] rounded to FP8 (0) or FP4 (1), a scale for `block` values, or times a Hadamard matrix (2)."""
+
+def route(
+    logits: Tensor, bias: Tensor | None, given: Tensor | None, scale: float, weights: Tensor, chosen: Tensor
+) -> None:
+    """Logits [T, E] to weights [T, K] and chosen [T, K] int64, or the weights of the experts in `given`."""
+
+def experts(
+    w1: object,
+    w3: object,
+    w2: object,
+    shared: tuple[object, object, object] | None,
+    x: Tensor,
+    gains: Tensor,
+    chosen: Tensor,
+    limit: float,
+    block: int,
+    y: Tensor,
+) -> None:
+    """Rows x [T, D] through their experts chosen [T, K], summed with gains [T, K], and the shared one; y [T, D]."""
+
+def swiglu(gate: Tensor, up: Tensor, gains: Tensor | None, limit: float, y: Tensor) -> None:
+    """Rows [R, F] of gate and up, clamped, activated and multiplied, times gains [R]."""
