@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from abyssal.arch.config import ModelConfig
 from abyssal.kernels.experts import fused_experts
-from abyssal.kernels.linear import linear
+from abyssal.kernels.linear import linear, linear_by_rows
 from abyssal.kernels.packed import Packed
 from abyssal.kernels.rounding import fake_fp8
 from abyssal.kernels.router import router_weights
@@ -79,14 +79,16 @@ class Experts(PackedModule):
         scale = getattr(self, f"{name}_scale")
         return getattr(self, name)[number], None if scale is None else scale[number]
 
-    def stacked(self) -> tuple[Packed | tuple[Tensor, Tensor | None], ...] | None:
-        """w1, w3 and w2 of all experts, packed or with their scales; None where they lie elsewhere."""
+    def stacked(self) -> tuple[Packed | tuple[Tensor, Tensor | None], ...]:
+        """w1, w3 and w2 of all experts, packed or with their scales; empty ones where they lie elsewhere."""
         return tuple(self.packed.get(name) or (getattr(self, name), getattr(self, f"{name}_scale")) for name in ORDER)
 
     def forward(self, x_TD: Tensor, weights_TK: Tensor, chosen_TK: Tensor, count: int) -> Tensor:
         """Weighted sum of each token's experts, [count, D] in float32 (float64 for float64)."""
         if self.numerics.activations:
             x_TD = fake_fp8(x_TD, ACTIVATION_BLOCK)
+        if len(self.packed) == len(EXPERT_WEIGHTS):
+            return self._packed(x_TD[:count], weights_TK[:count], chosen_TK[:count])
         if count == 1:  # nothing to sort into groups; the rows of nobody fill the products
             pairs = sorted((number, place) for place, number in enumerate(chosen_TK[0].tolist()))
             parts = [self._one(number, x_TD, weights_TK[:1, place])[:1] for number, place in pairs]
@@ -106,6 +108,18 @@ class Experts(PackedModule):
         # every token adds its experts in rising order, whatever else is in the batch
         total = wide(x_TD).new_zeros(count, x_TD.shape[1])
         return total.index_add(0, rows, torch.cat(parts))
+
+    def _packed(self, x_TD: Tensor, weights_TK: Tensor, chosen_TK: Tensor) -> Tensor:
+        """All experts of a weight in one call."""
+        by_expert = chosen_TK.flatten().sort(stable=True)
+        rows = by_expert.indices // chosen_TK.shape[1]
+        counts_E = torch.bincount(by_expert.values, minlength=self.config.n_routed_experts)
+        x = x_TD[rows]
+        up, gate = (linear_by_rows(x, self.packed[name], counts_E) for name in ("w3", "w1"))
+        a = self._activate(gate, up, weights_TK.flatten()[by_expert.indices], x.dtype)
+        parts = wide(linear_by_rows(a, self.packed["w2"], counts_E))
+        # every token adds its experts in rising order, whatever else is in the batch
+        return parts.new_zeros(len(x_TD), parts.shape[1]).index_add(0, rows, parts)
 
     def _activate(self, gate: Tensor, up: Tensor, gain: Tensor, dtype: torch.dtype) -> Tensor:
         a = swiglu(gate, up, self.config.swiglu_limit, gain)  # before the cast and before w2
@@ -129,6 +143,10 @@ class SharedExpert(nn.Module):
         self.w2 = QuantLinear(width, D, numerics)
         self.w3 = QuantLinear(D, width, numerics)
 
+    def three(self) -> tuple[Packed | tuple[Tensor, Tensor | None], ...]:
+        """w1, w3 and w2, packed or with their scales."""
+        return tuple(m.packed.get("weight") or (m.weight, m.scale) for m in (self.w1, self.w3, self.w2))
+
     def forward(self, x_TD: Tensor) -> Tensor:
         """x [T, D] -> [T, D], same dtype."""
         return self.w2(swiglu(self.w1(x_TD), self.w3(x_TD), self.limit).to(x_TD.dtype))
@@ -149,14 +167,12 @@ class MoE(nn.Module):
         Rows from `count` on belong to nobody and pass no routed expert.
         """
         weights_TK, chosen_TK = self.gate.route(x_TD, ids_T)
-        stacked, shared = self.experts.stacked(), self.shared_experts
-        if stacked is not None:
-            own = tuple(m.packed.get("weight") or (m.weight, m.scale) for m in (shared.w1, shared.w3, shared.w2))
-            block = ACTIVATION_BLOCK if self.experts.numerics.activations else 0
-            tokens = x_TD[:count], weights_TK[:count], chosen_TK[:count]
-            fused = fused_experts(*tokens, stacked, own, shared.limit, block)
-            if fused is not None:
-                return F.pad(fused, (0, 0, 0, len(x_TD) - count)) if count < len(x_TD) else fused
+        tokens = x_TD[:count], weights_TK[:count], chosen_TK[:count]
+        block = ACTIVATION_BLOCK if self.experts.numerics.activations else 0
+        limit = self.shared_experts.limit
+        fused = fused_experts(*tokens, self.experts.stacked(), self.shared_experts.three(), limit, block)
+        if fused is not None:
+            return F.pad(fused, (0, 0, 0, len(x_TD) - count)) if count < len(x_TD) else fused
         y_TD = wide(self.shared_experts(x_TD))
         routed = self.experts(x_TD, weights_TK, chosen_TK, count)
         return torch.cat([routed + y_TD[:count], y_TD[count:]]).to(x_TD.dtype)

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from torch import Tensor
 
+from abyssal.arch.presets import preset
+from abyssal.kernels.choice import forced
 from abyssal.kernels.experts import experts_reference, fused_experts
 from abyssal.kernels.linear import linear
 from abyssal.kernels.packed import Packed
 from abyssal.kernels.rounding import fake_fp8
 from abyssal.kernels.router import router_weights, router_weights_reference, sqrt_softplus
 from abyssal.kernels.swiglu import swiglu, swiglu_reference
+from abyssal.model.linear import PackedModule
+from abyssal.model.moe import MoE
 from abyssal.quant.fp4 import quantise_fp4
 from abyssal.quant.fp8 import quantise_fp8
+from abyssal.quant.numerics import Mode, Numerics
 from tests.kernels.native import UNIT, gamma, needs_native, on_every_isa, same_bits
 
 pytestmark = needs_native
@@ -179,3 +186,30 @@ def test_no_shared_expert_and_wrong_numbers() -> None:
         assert torch.allclose(got, experts_reference(x, gains, chosen, routed, [], 10.0), atol=1e-5)
         with pytest.raises(ValueError, match="none"):
             fused_experts(x, gains, chosen + 4, packed, [], 10.0, 0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("mode", ["exact", "fake"])
+@torch.inference_mode()
+def test_a_packed_moe_runs_on_every_path(dtype: torch.dtype, mode: Mode) -> None:
+    """Packing changes no bit, and what is packed is still read where the reference was chosen."""
+    torch.manual_seed(1)
+    config = dataclasses.replace(
+        preset("nano"), hidden_size=64, moe_intermediate_size=32, n_routed_experts=6, num_experts_per_tok=2
+    )
+    moe = MoE(config, False, Numerics.of(mode)).requires_grad_(False)
+    for parameter in moe.parameters():
+        parameter.normal_(std=0.2)
+    moe = moe.to(dtype)
+    x, ids = torch.randn(5, 64, dtype=dtype), torch.zeros(5, dtype=torch.int64)
+    before = moe(x, ids, 4)
+    for module in moe.modules():
+        if isinstance(module, PackedModule):
+            module.pack()
+    assert moe.experts.packed
+    after = moe(x, ids, 4)
+    assert torch.equal(before[:4], after[:4])
+    with forced("reference"):
+        plain = moe(x, ids, 4)
+    eps = torch.finfo(dtype).eps
+    assert (plain[:4] - after[:4]).abs().max() <= (200 if mode == "exact" else 0.5 / eps) * eps * after.abs().max()
