@@ -21,21 +21,26 @@ def gamma(n: float) -> float:
 
 
 def on_every_isa(run: Callable[[], tuple[Tensor, ...]]) -> Iterator[tuple[Tensor, ...]]:
-    """Results of each instruction set, which must agree to the bit, on one thread and on several."""
+    """Results of each instruction set, which must agree to the bit, on one thread and on several.
+
+    The body of the loop runs on that instruction set too.
+    """
     first = None
     for isa in ISAS:
         with forced(isa), torch.inference_mode():
             module = native()
             assert module is not None
             threads = module.threads()
-            for count in (1, 3):
-                module.set_threads(count)
-                found = run()
-                first = first or found
-                for a, b in zip(first, found, strict=True):
-                    assert same_bits(a, b), isa
-            module.set_threads(threads)
-        yield found
+            try:
+                for count in (1, 3):
+                    module.set_threads(count)
+                    found = run()
+                    first = first or found
+                    for a, b in zip(first, found, strict=True):
+                        assert same_bits(a, b), isa
+            finally:
+                module.set_threads(threads)
+            yield found
 
 
 def same_bits(a: Tensor, b: Tensor) -> bool:

@@ -23,7 +23,7 @@ from abyssal.quant.fp8 import quantise_fp8
 from abyssal.quant.numerics import Mode, Numerics
 from tests.kernels.native import UNIT, gamma, needs_native, on_every_isa, same_bits
 
-pytestmark = needs_native
+pytestmark = [needs_native, pytest.mark.usefixtures("native_runs")]
 EXP = 4 * UNIT  # relative error of exp (vec/exp.hpp)
 
 

@@ -10,7 +10,7 @@ from abyssal.kernels.rms_norm import rms_norm, rms_norm_reference
 from abyssal.kernels.rotary import norm_and_rotate, rotate_tail, rotate_tail_reference, rotations
 from tests.kernels.native import UNIT, gamma, needs_native, on_every_isa, same_bits
 
-pytestmark = needs_native
+pytestmark = [needs_native, pytest.mark.usefixtures("native_runs")]
 
 
 def norm_error(width: int) -> float:

@@ -10,7 +10,7 @@ from abyssal.quant import fp4, fp8
 from abyssal.quant import hadamard as plain
 from tests.kernels.native import needs_native, on_every_isa, same_bits
 
-pytestmark = needs_native
+pytestmark = [needs_native, pytest.mark.usefixtures("native_runs")]
 
 
 def hard(rows: int, width: int) -> torch.Tensor:

@@ -13,7 +13,7 @@ from abyssal.kernels.sinkhorn import sinkhorn_reference
 from abyssal.kernels.streams import collapse, enter, leave, leave_reference, split_gates
 from tests.kernels.native import UNIT, gamma, needs_native, on_every_isa, same_bits
 
-pytestmark = needs_native
+pytestmark = [needs_native, pytest.mark.usefixtures("native_runs")]
 EPS = 1e-6
 EXP = 4 * UNIT  # relative error of exp; sigmoid adds a sum and a division
 
