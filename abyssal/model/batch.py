@@ -165,6 +165,7 @@ class Batch:
         self.positions = torch.from_numpy(self._positions)
         self.watched: list[list[NDArray[np.int64]]] | None = None
         self._blocks: dict[int, BlockPlan] = {}
+        self._visible: dict[int, Tensor] = {}
         self._few: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
 
     def pad(self, x: Tensor) -> Tensor:
@@ -187,6 +188,30 @@ class Batch:
     def visible(self, ratio: int) -> NDArray[np.int64]:
         """[count] blocks that each token sees; it sees the one that it completes (architecture.md 2.8)."""
         return (self._positions[: self.count] + 1) // ratio
+
+    @cached_property
+    def table_GP(self) -> Tensor:
+        """Page numbers of each span's sequence, filled up with zeros."""
+        table = np.zeros((len(self.spans), max(len(span.cache.pages) for span in self.spans)), np.int64)
+        for row, span in zip(table, self.spans, strict=True):
+            row[: len(span.cache.pages)] = span.cache.table
+        return torch.from_numpy(table)
+
+    @cached_property
+    def spans_G5(self) -> Tensor:
+        """The spans as numbers: first row, length, start, since, slot."""
+        return torch.tensor([(s.first, s.length, s.start, s.since, s.cache.slot) for s in self.spans])
+
+    @cached_property
+    def firsts(self) -> Tensor:
+        """[G + 1] first row of each span, and the number of tokens."""
+        return torch.tensor([*(span.first for span in self.spans), self.count])
+
+    def visible_Q(self, ratio: int) -> Tensor:
+        """`visible` as a tensor, made once for a pass."""
+        if ratio not in self._visible:
+            self._visible[ratio] = torch.from_numpy(self.visible(ratio))
+        return self._visible[ratio]
 
     @cached_property
     def window(self) -> WindowPlan:

@@ -17,3 +17,35 @@ def threads() -> int:
 def set_threads(count: int) -> None: ...
 def read(data: Tensor) -> int:
     """Sum of the array's 8-byte words, modulo 2**64: one pass over the memory, which others are measured against."""
+
+def index_topk(
+    q: Tensor,
+    weights: Tensor,
+    visible: Tensor,
+    firsts: Tensor,
+    tables: Tensor,
+    keys: Tensor,
+    per_page: int,
+    blocks: Tensor,
+) -> None:
+    """The best blocks of each query into `blocks`; see `abyssal.kernels.index_topk.choose_rows`."""
+
+def attend(
+    q: Tensor,
+    turn: Tensor,
+    sink: Tensor,
+    eps: float,
+    scale: float,
+    spans: Tensor,
+    fresh: Tensor,
+    ring: Tensor,
+    window: int,
+    ring_size: int,
+    ratio: int,
+    entries: Tensor | None,
+    tables: Tensor | None,
+    per_page: int,
+    blocks: Tensor | None,
+    out: Tensor,
+) -> None:
+    """Attention into `out`, and `fresh` into the ring; see `abyssal.kernels.attention.attend`."""
