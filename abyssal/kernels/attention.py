@@ -84,8 +84,8 @@ class Window:
     """The window entries that a pass reads and adds, as they are stored.
 
     Attributes:
-        spans: [G, 5] of each sequence: its first row in the pass, its tokens, the position of the first, the first
-            position whose ring rows are present, its slot.
+        spans: [G, 6] of each sequence: its first row in the pass, its tokens, the position of the first, the first
+            position whose ring rows are present, its slot, and up to where blocks are stored already.
         fresh: entries of the pass's own tokens, [T, width].
         ring: position p of slot s lies in row s * ring_size + p % ring_size.
         ring_size: places of a slot, `window` or more.

@@ -123,17 +123,17 @@ class Attention(nn.Module):
         """From projected queries to what is projected back, by the native kernel."""
         ring, far = memory.window, None
         if self.compressor is not None and memory.compressed is not None:
-            entries = self.compressor(x_TD, batch, memory.compressed, rope)
+            entries = self.compressor.advance(fast, x_TD, batch, memory.compressed, rope)
             if entries is not None:
                 self.compressor.store(entries, batch, memory.compressed)
             chosen = None
             if self.indexer is not None and memory.index is not None:
-                self.indexer.remember(x_TD, batch, memory.index, rope)
+                self.indexer.remember(x_TD, batch, memory.index, rope, fast)
                 chosen = self.indexer.blocks(fast, latent_TQ, x_TD, turn_T, batch, memory.index)
             compressed = memory.compressed
             far = attention.Blocks(self.ratio, compressed.entries, batch.table_GP, compressed.per_page, chosen)
         W = self.config.sliding_window
-        near = attention.Window(batch.spans_G5, memory.codec.encode(kv_TC), ring.data, ring.size, W)
+        near = attention.Window(batch.spans_G6, memory.codec.encode(kv_TC), ring.data, ring.size, W)
         return attention.attend(fast, q_THC, turn_T, self.attn_sink, self.config.rms_norm_eps, near, far)
 
     @staticmethod

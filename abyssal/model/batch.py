@@ -23,6 +23,7 @@ from abyssal.arch.schedule import LayerKind
 from abyssal.kernels.linear import row_unit
 from abyssal.kvcache.memory import Memory
 from abyssal.kvcache.sequence import SequenceCache, history
+from abyssal.model.rope import Rope
 from abyssal.quant.precision import wide_dtype
 
 
@@ -166,6 +167,7 @@ class Batch:
         self.watched: list[list[NDArray[np.int64]]] | None = None
         self._blocks: dict[int, BlockPlan] = {}
         self._visible: dict[int, Tensor] = {}
+        self._turns: dict[tuple[int, Rope], Tensor] = {}
         self._few: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
 
     def pad(self, x: Tensor) -> Tensor:
@@ -198,9 +200,20 @@ class Batch:
         return torch.from_numpy(table)
 
     @cached_property
-    def spans_G5(self) -> Tensor:
-        """The spans as numbers: first row, length, start, since, slot."""
-        return torch.tensor([(s.first, s.length, s.start, s.since, s.cache.slot) for s in self.spans])
+    def spans_G6(self) -> Tensor:
+        """The spans as numbers: first row, length, start, since, slot, known."""
+        return torch.tensor(
+            [(s.first, s.length, s.start, s.since, s.cache.slot, s.cache.known) for s in self.spans]
+        )
+
+    def block_turns(self, ratio: int, rope: Rope) -> Tensor:
+        """Rotations [N, R/2] at the first token of each block that the tokens complete, made once for a pass."""
+        if (ratio, rope) not in self._turns:
+            starts = [
+                np.arange(span.start // ratio, (span.start + span.length) // ratio) * ratio for span in self.spans
+            ]
+            self._turns[ratio, rope] = rope.at(torch.from_numpy(np.concatenate(starts)))
+        return self._turns[ratio, rope]
 
     @cached_property
     def firsts(self) -> Tensor:

@@ -37,9 +37,14 @@ class Indexer(nn.Module):
         self.weights_proj = Linear(config.hidden_size, I)
         self.compressor = Compressor(config, ratio, J)
 
-    def remember(self, x_TD: Tensor, batch: Batch, memory: CompressedMemory, rope: Rope) -> None:
+    def remember(
+        self, x_TD: Tensor, batch: Batch, memory: CompressedMemory, rope: Rope, fast: ModuleType | None = None
+    ) -> None:
         """Add the index keys of the blocks that these tokens complete."""
-        keys = self.compressor(x_TD, batch, memory, rope)
+        if fast is not None:
+            keys = self.compressor.advance(fast, x_TD, batch, memory, rope)
+        else:
+            keys = self.compressor(x_TD, batch, memory, rope)
         if keys is not None:
             self.compressor.store(self._turned(keys), batch, memory)
 

@@ -49,7 +49,9 @@ class Case:
         self.lengths, self.starts = lengths, starts
         ring_size, count, sequences = window + 16, sum(lengths), len(lengths)
         firsts = np.concatenate([[0], np.cumsum(lengths)])
-        self.spans = torch.tensor([(firsts[i], lengths[i], starts[i], 0, sequences - 1 - i) for i in range(sequences)])
+        self.spans = torch.tensor(
+            [(firsts[i], lengths[i], starts[i], 0, sequences - 1 - i, 0) for i in range(sequences)]
+        )
         self.q = torch.randn(count + 3, heads, dim, generator=g)
         angle = torch.randn(count + 3, rotated // 2, generator=g)
         self.turn = torch.polar(torch.ones_like(angle), angle)
@@ -91,7 +93,7 @@ class Case:
         return attend(module, self.q, self.turn, self.sink, EPS, near, self.blocks)
 
     def entries_of(self, sequence: int, i: int) -> Tensor:
-        first, _, start, _, slot = self.spans[sequence].tolist()
+        first, _, start, _, slot, _ = self.spans[sequence].tolist()
         position = start + i
         rows = []
         for p in range(max(0, position - self.window + 1), position + 1):
@@ -181,9 +183,8 @@ def test_a_query_does_not_depend_on_others_threads_or_how_it_came(isa: str) -> N
                     if i < length
                 ]
                 for (first, _, start, since, slot), tables in zip(spans, case.tables, strict=False):
-                    near = Window(
-                        torch.tensor([(0, 1, start, since, slot)]), case.fresh[first + i : first + i + 1], ring, 25, 9
-                    )
+                    span = torch.tensor([(0, 1, start, since, slot, 0)])
+                    near = Window(span, case.fresh[first + i : first + i + 1], ring, 25, 9)
                     assert case.blocks is not None
                     far = Blocks(1, case.blocks.entries, tables[None], 128, None)
                     at = slice(first + i, first + i + 1)

@@ -49,3 +49,21 @@ def attend(
     out: Tensor,
 ) -> None:
     """Attention into `out`, and `fresh` into the ring; see `abyssal.kernels.attention.attend`."""
+
+def compress(
+    values: Tensor,
+    logits: Tensor,
+    ape: Tensor,
+    spans: Tensor,
+    ring_values: Tensor,
+    ring_logits: Tensor,
+    ring_size: int,
+    norm: Tensor,
+    eps: float,
+    turn: Tensor,
+    entries: Tensor | None,
+    tables: Tensor | None,
+    per_page: int,
+    out: Tensor,
+) -> None:
+    """A compressor's step into `out`, the rings and `entries`; see `abyssal.kernels.pool.compress`."""

@@ -11,7 +11,7 @@ namespace abyssal {
 
 namespace {
 
-static_assert(sizeof(Span) == 5 * sizeof(std::int64_t));
+static_assert(sizeof(Span) == 6 * sizeof(std::int64_t));
 
 // Everything that is read or written lies inside the arrays.
 bool inside(const AttendArgs& a, std::int64_t tokens, std::int64_t ring_rows, std::int64_t entry_rows) {
@@ -56,7 +56,7 @@ void bind_attend(nb::module_& m) {
         a.sink = sink.as<float>("sink", {a.heads});
         a.eps = eps;
         a.scale = scale;
-        a.spans = reinterpret_cast<const Span*>(spans.as<std::int64_t>("spans", {-1, 5}));
+        a.spans = reinterpret_cast<const Span*>(spans.as<std::int64_t>("spans", {-1, 6}));
         a.sequences = spans.shape[0];
         a.fresh = rows_of("fresh", fresh, Stored::entry, a.dim, a.rotated);
         a.ring = rows_of("ring", ring, Stored::entry, a.dim, a.rotated);

@@ -11,7 +11,7 @@ namespace {
 void check_case(const Kernels& kernels, bool packed, std::int64_t heads, std::int64_t dim, std::int64_t rotated,
                 std::int64_t ratio, std::int64_t k) {
   const std::int64_t window = 9, ring_size = 25, per_page = 128 / (ratio > 0 ? ratio : 1), plain_dim = dim - rotated;
-  const std::vector<Span> spans{{0, 3, 2000, 0, 1}, {3, 30, 0, 0, 0}, {33, 1, 5, 3, 2}};
+  const std::vector<Span> spans{{0, 3, 2000, 0, 1, 0}, {3, 30, 0, 0, 0, 0}, {33, 1, 5, 3, 2, 0}};
   const std::int64_t tokens = 34, pages = 16;
   const std::int64_t bytes = packed ? (plain_dim + 2 * rotated + (plain_dim + 63) / 64 + 7) / 8 * 8 : 4 * dim;
   const auto array = [&](std::int64_t rows) {

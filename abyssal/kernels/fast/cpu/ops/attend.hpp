@@ -2,17 +2,9 @@
 #pragma once
 
 #include "ops/rows.hpp"
+#include "ops/span.hpp"
 
 namespace abyssal {
-
-// Tokens of one sequence in a pass.
-struct Span {
-  std::int64_t first;   // row of the first of them
-  std::int64_t length;  // how many
-  std::int64_t start;   // position of the first of them
-  std::int64_t since;   // first position whose ring rows are present
-  std::int64_t slot;
-};
 
 struct AttendArgs {
   std::int64_t sequences;
