@@ -13,9 +13,9 @@ namespace {
 // Keys stand in lanes, so that a score is computed alike wherever its block and its query stand. What fits into the
 // registers: heads, and vectors of keys.
 #if ABYSSAL_ISA_avx512
-constexpr int tile_heads = 4, vectors = 3;
+constexpr int tile_heads = 4, vectors = 3, side_by_side_keys = 8;
 #else
-constexpr int tile_heads = 2, vectors = 2;
+constexpr int tile_heads = 2, vectors = 2, side_by_side_keys = 4;
 #endif
 constexpr int tile_keys = vectors * lanes;
 constexpr int group = 32;                 // dimensions that are summed for themselves: those of one FP4 scale
@@ -47,6 +47,18 @@ inline void add_heads(const float* q, const float* weights, std::int64_t dim, co
     for (int v = 0; v < vectors; ++v) scores[v] = fma(all(weights[r]), larger(zeros(), total[r][v]), scores[v]);
 }
 
+// Sixteen keys from a block on, which is a multiple of sixteen; the row of zeros behind the last.
+inline void find_rows(const IndexTopkArgs& a, std::int64_t sequence, std::int64_t first, std::int64_t stop,
+                      float* spare, const float** rows) {
+  const bool together = a.pages.per_page % lanes == 0;  // they lie in one page
+  const std::int64_t start = first < stop ? row_of_block(a.pages, sequence, first) : 0;
+  for (int lane = 0; lane < lanes; ++lane) {
+    const std::int64_t block = first + lane;
+    const std::int64_t row = block >= stop ? 0 : together ? start + lane : row_of_block(a.pages, sequence, block);
+    rows[lane] = row_of(a.keys, row, spare + (spare == nullptr ? 0 : lane * a.keys.dim));
+  }
+}
+
 struct Keys {
   const IndexTopkArgs& a;
   Buffer<float> tile, spare;
@@ -54,18 +66,71 @@ struct Keys {
   explicit Keys(const IndexTopkArgs& args)
       : a(args), tile(args.keys.dim * tile_keys), spare(args.keys.stored == Stored::float32 ? 0 : lanes * args.keys.dim) {}
 
-  // Keys of blocks first, first + 1, ... with keys in lanes; the row of zeros behind the last.
+  // Keys of blocks first, first + 1, ... with keys in lanes.
   void read(std::int64_t sequence, std::int64_t first, std::int64_t stop) {
-    const std::int64_t dim = a.keys.dim;
     for (int v = 0; v < vectors; ++v) {
       const float* rows[lanes];
-      for (int lane = 0; lane < lanes; ++lane) {
-        const std::int64_t block = first + v * lanes + lane;
-        const std::int64_t row = block < stop ? row_of_block(a.pages, sequence, block) : 0;
-        rows[lane] = row_of(a.keys, row, spare.size() > 0 ? &spare[lane * dim] : nullptr);
-      }
-      transpose_all(rows, dim, &tile[v * lanes], tile_keys);
+      find_rows(a, sequence, first + v * lanes, stop, spare.size() > 0 ? &spare[0] : nullptr, rows);
+      transpose_all(rows, a.keys.dim, &tile[v * lanes], tile_keys);
     }
+  }
+};
+
+// The products of one query: to turn all keys would take longer than what is saved, so heads stand in lanes and the
+// products are turned. The sums are the same.
+struct OneQuery {
+  const IndexTopkArgs& a;
+  const float* weights;
+  std::int64_t blocks;    // of sixteen heads
+  Buffer<float> q, spare;  // q: [blocks, dim, lanes]
+
+  OneQuery(const IndexTopkArgs& args, std::int64_t query)
+      : a(args), weights(args.weights + query * args.heads), blocks((args.heads + lanes - 1) / lanes),
+        q(blocks * args.keys.dim * lanes), spare(args.keys.stored == Stored::float32 ? 0 : lanes * args.keys.dim) {
+    const std::int64_t dim = a.keys.dim;
+    for (std::int64_t h = 0; h < blocks * lanes; ++h)
+      for (std::int64_t j = 0; j < dim; ++j)
+        q[(h / lanes * dim + j) * lanes + h % lanes] = h < a.heads ? a.q[(query * a.heads + h) * dim + j] : 0.0f;
+  }
+
+  template <int K>
+  void products(const float* const* rows, const float* heads, float* to) const {
+    Lanes total[K];
+    for (std::int64_t first = 0; first < a.keys.dim; first += group) {
+      Lanes sums[K];
+      for (int k = 0; k < K; ++k) sums[k] = zeros();
+      const std::int64_t stop = first + group < a.keys.dim ? first + group : a.keys.dim;
+      for (std::int64_t j = first; j < stop; ++j) {
+        const Lanes head = load(heads + j * lanes);
+        for (int k = 0; k < K; ++k) sums[k] = fma(head, all(rows[k][j]), sums[k]);
+      }
+      for (int k = 0; k < K; ++k) total[k] = first == 0 ? sums[k] : add(total[k], sums[k]);
+    }
+    for (int k = 0; k < K; ++k) store(to + k * lanes, total[k]);
+  }
+
+  // Scores of sixteen blocks; of the row of zeros behind the last.
+  Lanes scores(std::int64_t sequence, std::int64_t first, std::int64_t stop) {
+    const float* rows[lanes];
+    find_rows(a, sequence, first, stop, spare.size() > 0 ? &spare[0] : nullptr, rows);
+    // pages are read once and rarely follow each other for long: ask for what comes next
+    const std::int64_t ahead = first + 4 * lanes;
+    if (ahead < stop) {
+      const std::uint8_t* next = a.keys.data + row_of_block(a.pages, sequence, ahead) * a.keys.bytes;
+      for (std::int64_t line = 0; line < lanes * a.keys.bytes; line += 64) __builtin_prefetch(next + line);
+    }
+    alignas(64) float dots[lanes * lanes], turned[lanes * lanes];
+    const float* of_key[lanes];
+    for (int lane = 0; lane < lanes; ++lane) of_key[lane] = dots + lane * lanes;
+    Lanes sums = zeros();
+    for (std::int64_t b = 0; b < blocks; ++b) {
+      for (int k = 0; k < lanes; k += side_by_side_keys)
+        products<side_by_side_keys>(rows + k, &q[b * a.keys.dim * lanes], dots + k * lanes);
+      transpose(of_key, 0, turned, lanes);
+      for (std::int64_t h = b * lanes; h < (b + 1) * lanes && h < a.heads; ++h)
+        sums = fma(all(weights[h]), larger(zeros(), load(turned + h % lanes * lanes)), sums);
+    }
+    return sums;
   }
 };
 
@@ -76,6 +141,16 @@ struct Task {
 
 void run_task(const IndexTopkArgs& a, const Task& task, std::int64_t* memory, std::int64_t* counts) {
   const std::int64_t dim = a.keys.dim, room = Top::room(a.k);
+  if (task.queries == 1) {
+    OneQuery one(a, task.query);
+    Top top(memory, a.k);
+    for (std::int64_t first = task.first; first < task.stop; first += lanes) {
+      const std::int64_t here = task.stop - first;
+      top.add(one.scores(task.sequence, first, task.stop), here < lanes ? static_cast<int>(here) : lanes, first);
+    }
+    counts[0] = top.shrink();
+    return;
+  }
   Keys keys(a);
   Buffer<Top> tops(task.queries);
   for (std::int64_t i = 0; i < task.queries; ++i) tops[i] = Top(memory + i * room, a.k);
