@@ -9,6 +9,7 @@ from torch import Tensor
 from abyssal.kernels.choice import choice, forced, native
 from abyssal.kernels.index_topk import choose_reference, choose_rows
 from abyssal.quant.entry import pack_index_key, unpack_index_key
+from abyssal.quant.fp4 import fake_fp4
 
 U = 2.0**-24  # unit roundoff of float32
 ISAS = choice().supported
@@ -137,8 +138,15 @@ def test_a_query_depends_on_nothing_but_itself(isa: str) -> None:
 
 
 @pytest.mark.parametrize("isa", ISAS)
-def test_packed_keys_give_the_choice_of_their_values(isa: str) -> None:
-    packed = Case(21, 9, 64, [[3000, 3001], [1345]], 50, packed=True)
+@pytest.mark.parametrize("heads", [9, 64])
+@pytest.mark.parametrize("rounded", [False, True])
+def test_packed_keys_give_the_choice_of_their_values(isa: str, rounded: bool, heads: int) -> None:
+    """Queries of FP4 numbers, too, which meet packed keys as integers."""
+    packed = Case(21, heads, 128, [[3000, 3001], [1345]], 50, packed=True)
+    if rounded:
+        packed.q = fake_fp4(packed.q * torch.logspace(-8, 8, len(packed.q)).view(-1, 1, 1))
+        packed.q[:, 0, 32:64] = 0
+        packed.keys[5:9, 64:] = 20  # a scale far from 1
     with forced(isa):
         want = packed.run()
         packed.keys = unpack_index_key(packed.keys, torch.float32)

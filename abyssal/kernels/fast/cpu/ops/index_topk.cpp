@@ -1,10 +1,18 @@
 #include "ops/index_topk.hpp"
 
+#include "ops/index_fp4.hpp"
 #include "ops/top.hpp"
 #include "ops/unpack_row.hpp"
 #include "parallel.hpp"
 #include "vec/buffer.hpp"
 #include "vec/transpose.hpp"
+
+namespace abyssal::ABYSSAL_ISA {
+struct Here {};
+}  // namespace abyssal::ABYSSAL_ISA
+
+// placement without <new>, in the variant's own type
+inline void* operator new(std::size_t, void* place, abyssal::ABYSSAL_ISA::Here) noexcept { return place; }
 
 namespace abyssal::ABYSSAL_ISA {
 
@@ -76,6 +84,22 @@ struct Keys {
   }
 };
 
+// Scores of sixteen keys from their products with sixteen heads at a time, [keys, heads], that `fill(block, to)` gives.
+template <class Fill>
+inline Lanes weighted(const IndexTopkArgs& a, const float* weights, const Fill& fill) {
+  alignas(64) float dots[lanes * lanes], turned[lanes * lanes];
+  const float* of_key[lanes];
+  for (int lane = 0; lane < lanes; ++lane) of_key[lane] = dots + lane * lanes;
+  Lanes sums = zeros();
+  for (std::int64_t b = 0; b * lanes < a.heads; ++b) {
+    fill(b, dots);
+    transpose(of_key, 0, turned, lanes);
+    for (std::int64_t h = b * lanes; h < (b + 1) * lanes && h < a.heads; ++h)
+      sums = fma(all(weights[h]), larger(zeros(), load(turned + h % lanes * lanes)), sums);
+  }
+  return sums;
+}
+
 // The products of one query: to turn all keys would take longer than what is saved, so heads stand in lanes and the
 // products are turned. The sums are the same.
 struct OneQuery {
@@ -119,18 +143,10 @@ struct OneQuery {
       const std::uint8_t* next = a.keys.data + row_of_block(a.pages, sequence, ahead) * a.keys.bytes;
       for (std::int64_t line = 0; line < lanes * a.keys.bytes; line += 64) __builtin_prefetch(next + line);
     }
-    alignas(64) float dots[lanes * lanes], turned[lanes * lanes];
-    const float* of_key[lanes];
-    for (int lane = 0; lane < lanes; ++lane) of_key[lane] = dots + lane * lanes;
-    Lanes sums = zeros();
-    for (std::int64_t b = 0; b < blocks; ++b) {
+    return weighted(a, weights, [&](std::int64_t b, float* dots) {
       for (int k = 0; k < lanes; k += side_by_side_keys)
         products<side_by_side_keys>(rows + k, &q[b * a.keys.dim * lanes], dots + k * lanes);
-      transpose(of_key, 0, turned, lanes);
-      for (std::int64_t h = b * lanes; h < (b + 1) * lanes && h < a.heads; ++h)
-        sums = fma(all(weights[h]), larger(zeros(), load(turned + h % lanes * lanes)), sums);
-    }
-    return sums;
+    });
   }
 };
 
@@ -139,7 +155,50 @@ struct Task {
   std::int64_t sequence, query, queries, first, stop;
 };
 
+#if ABYSSAL_ISA_avx512
+// The task by integers. False: a query or a key is not made for it, and nothing has been done.
+bool run_whole(const IndexTopkArgs& a, const Task& task, std::int64_t* memory, std::int64_t* counts) {
+  if (a.keys.stored != Stored::key || a.keys.dim % group != 0 || a.pages.per_page % lanes != 0) return false;
+  // each is begun where it is used, and ended behind the loop
+  Buffer<QueryBytes> queries(task.queries);
+  Buffer<Top> tops(task.queries);
+  std::int64_t made = 0;
+  bool fits = true;
+  while (made < task.queries && fits) {
+    new (&queries[made], Here{}) QueryBytes(a, task.query + made);
+    tops[made] = Top(memory + made * Top::room(a.k), a.k);
+    fits = queries[made++].fits();
+  }
+  KeyBytes keys(a.keys.dim);
+  for (std::int64_t first = task.first; first < task.stop && fits; first += lanes) {
+    const std::uint8_t* rows[lanes];
+    const std::uint8_t* start = a.keys.data + row_of_block(a.pages, task.sequence, first) * a.keys.bytes;
+    // what lies behind the last block is not used, but must be such numbers
+    for (int lane = 0; lane < lanes; ++lane) rows[lane] = start + (first + lane < task.stop ? lane : 0) * a.keys.bytes;
+    fits = keys.read(rows);
+    for (std::int64_t i = 0; i < task.queries && fits; ++i) {
+      const std::int64_t visible = a.visible[task.query + i];
+      const std::int64_t here = (visible < task.stop ? visible : task.stop) - first;
+      if (here <= 0 || visible <= a.k) continue;
+      const Lanes scores = weighted(a, a.weights + (task.query + i) * a.heads, [&](std::int64_t b, float* dots) {
+        for (int k = 0; k < lanes; k += side_by_side_keys)
+          queries[i].products<side_by_side_keys>(keys, k, b, dots + k * lanes);
+      });
+      tops[i].add(scores, here < lanes ? static_cast<int>(here) : lanes, first);
+    }
+  }
+  for (std::int64_t i = 0; i < made; ++i) {
+    if (fits) counts[i] = tops[i].shrink();
+    queries[i].~QueryBytes();
+  }
+  return fits;
+}
+#endif
+
 void run_task(const IndexTopkArgs& a, const Task& task, std::int64_t* memory, std::int64_t* counts) {
+#if ABYSSAL_ISA_avx512
+  if (run_whole(a, task, memory, counts)) return;
+#endif
   const std::int64_t dim = a.keys.dim, room = Top::room(a.k);
   if (task.queries == 1) {
     OneQuery one(a, task.query);
