@@ -120,17 +120,17 @@ def test_entries_are_as_close_to_the_truth_as_their_sums_allow(name: str, isa: s
 @pytest.mark.parametrize("name", CASES)
 def test_chunks_instruction_sets_and_threads_change_no_bit(name: str) -> None:
     case = CASES[name]
-    want = case.run(1000)
-    module = native()
-    if module is None:
-        pytest.skip("reference")
-    before = module.threads()
+    with forced("scalar"):
+        want = case.run(1000)
     for isa in ISAS:
         with forced(isa):
+            module = native()
+            assert module is not None
+            before = module.threads()
             for chunk, threads in ((1, 1), (7, 3), (130, 2)):
                 module.set_threads(threads)
                 assert all(torch.equal(a, b) for a, b in zip(case.run(chunk), want, strict=True))
-    module.set_threads(before)
+            module.set_threads(before)
 
 
 def test_known_blocks_are_not_written_and_what_lies_outside_is_refused() -> None:
