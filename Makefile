@@ -7,9 +7,11 @@ TORCH ?= torch==2.13.0
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
+KERNELS = abyssal/kernels/fast/cpu
+SOURCES = pyproject.toml $(shell find $(KERNELS) -type f)
 
 PORT ?= 8000
-.PHONY: run test lint browser clean
+.PHONY: run test lint browser native sanitize neon clean
 
 run: $(VENV)/.installed
 	@$(BIN)/abyssal serve --port $(PORT)
@@ -33,13 +35,32 @@ $(VENV)/.torch:
 	$(BIN)/python -m pip install --quiet $(TORCH)
 	@touch $@
 
-$(VENV)/.installed: $(VENV)/.torch pyproject.toml
+$(VENV)/.installed: $(VENV)/.torch $(SOURCES)
 	$(BIN)/python -m pip install --quiet --editable .
 	@touch $@
 
-$(VENV)/.installed-test: $(VENV)/.torch pyproject.toml
+$(VENV)/.installed-test: $(VENV)/.torch $(SOURCES)
 	$(BIN)/python -m pip install --quiet --editable '.[test]'
 	@touch $@ $(VENV)/.installed
+
+# The native kernels again, after a change of the C++ sources; keeps its objects in build/native.
+native: $(VENV)/.installed-test
+	$(BIN)/python -m pip install --quiet scikit-build-core nanobind
+	$(BIN)/python -m pip install --quiet --no-build-isolation --no-deps --editable . -C build-dir=build/native
+
+# The checking program under address and undefined-behaviour sanitizers.
+sanitize:
+	cmake -S $(KERNELS) -B build/sanitize -DABYSSAL_PYTHON=OFF -DABYSSAL_CHECK=ON -DABYSSAL_SANITIZE=ON
+	cmake --build build/sanitize --parallel
+	UBSAN_OPTIONS=print_stacktrace=1 build/sanitize/abyssal_check
+
+# The checking program for NEON, cross-compiled and emulated (Debian: g++-aarch64-linux-gnu qemu-user).
+neon:
+	cmake -S $(KERNELS) -B build/neon -DABYSSAL_PYTHON=OFF -DABYSSAL_CHECK=ON \
+	  -DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=aarch64 -DCMAKE_CXX_COMPILER=aarch64-linux-gnu-g++ \
+	  -DCMAKE_EXE_LINKER_FLAGS=-static
+	cmake --build build/neon --parallel
+	qemu-aarch64 build/neon/abyssal_check
 
 clean:
 	rm -rf $(VENV) build *.egg-info .mypy_cache .pytest_cache .ruff_cache

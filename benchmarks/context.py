@@ -39,6 +39,7 @@ from abyssal.base.machine import this_machine
 from abyssal.checkpoint.load import load_model
 from abyssal.cli.models import bundled_folder
 from abyssal.efficiency.baselines import gqa8_kv_per_token, v32_kv_per_token
+from abyssal.kernels.choice import forced
 from abyssal.kvcache import Memory, SequenceCache
 from abyssal.model import Batch, Transformer
 from abyssal.model.attention import Attention
@@ -147,7 +148,8 @@ def flops_of(context: int) -> dict[str, Any]:
         rope = Rope(one, ratio, torch.float32)
         batch = Batch([at(memory, context - tokens)], [tokens])
         x = torch.randn(batch.padded, one.hidden_size)
-        with torch.inference_mode(), FlopCounterMode(display=False) as counter:
+        # torch counts its own products alone; the native kernels compute the same ones
+        with torch.inference_mode(), forced("reference"), FlopCounterMode(display=False) as counter:
             layer(x, batch, memory.layers[0], rope, rope.at(batch.positions))
         weights = sum(p.numel() for name, p in layer.named_parameters() if p.dim() == 2 and "ape" not in name)
         counted = counter.get_total_flops() / tokens - 2 * weights

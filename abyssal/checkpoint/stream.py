@@ -21,7 +21,6 @@ from abyssal.base.progress import Progress
 from abyssal.checkpoint.load import fill
 from abyssal.checkpoint.release import Release
 from abyssal.kernels.linear import BAND_ELEMENTS, dequantise
-from abyssal.kernels.rms_norm import rms_norm
 from abyssal.kvcache.memory import Memory
 from abyssal.kvcache.sequence import SequenceCache
 from abyssal.model.batch import Batch
@@ -208,8 +207,7 @@ class _Stream:
 
     def collapse(self, streams_TND: Tensor) -> Tensor:
         fn, base, scale = (self._plain(f"hc_head_{part}") for part in ("fn", "base", "scale"))
-        z_TD = collapse_head(streams_TND, fn, base, scale, self.c)
-        return rms_norm(z_TD, self._plain("norm.weight"), self.c.rms_norm_eps)
+        return collapse_head(streams_TND, fn, base, scale, self._plain("norm.weight"), self.c)
 
     def draft(self, streams_TND: Tensor, ids_T: Tensor, lengths: list[int]) -> Tensor:
         with torch.device("meta"):

@@ -14,6 +14,7 @@ from abyssal.base.errors import AbyssalError, InputError
 from abyssal.cli.cache import cache
 from abyssal.cli.chat import chat
 from abyssal.cli.convert import convert
+from abyssal.cli.doctor import doctor
 from abyssal.cli.encode import encode, parse
 from abyssal.cli.generate import generate
 from abyssal.cli.inspect import inspect
@@ -27,7 +28,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for verb in (inspect, generate, chat, serve, logits, encode, parse, make_release, convert):
+for verb in (inspect, generate, chat, serve, logits, encode, parse, make_release, convert, doctor):
     app.command()(verb)
 app.add_typer(cache, name="cache")
 

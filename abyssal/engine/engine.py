@@ -126,6 +126,7 @@ class Engine:
         self._waiting: deque[Running] = deque()
         self._running: dict[int, Running] = {}
         self._steps = 0
+        self._exp = np.zeros(0)
 
     def _memory(self, budget: int | None, slots: int) -> Memory:
         if budget is None:
@@ -361,9 +362,9 @@ class Engine:
             for i, logits in enumerate(self.runner.logits(rows)):
                 place = start + first + i + 1
                 if place < len(prompt):
-                    logprobs = _logprobs(logits)
-                    top = _likeliest(logprobs, run.request.top_logprobs)
-                    record.scores[place] = Score(prompt[place], float(logprobs[prompt[place]]), top)
+                    shift, whole = self._whole(logits)
+                    top = _likeliest(logits - shift - whole, run.request.top_logprobs)
+                    record.scores[place] = Score(prompt[place], float(logits[prompt[place]] - shift - whole), top)
 
     def _note_prompt(self, run: Running) -> None:
         """Keep what is complete in the prefix cache."""
@@ -437,7 +438,8 @@ class Engine:
             token = request.close[0]
         else:
             token = run.sampler.draw(logits, len(answer), request.prompt, answer, allowed)
-        logprobs = _logprobs(logits)
+        # minus the logarithm of the whole: most requests want the chosen token's alone
+        shift, whole = self._whole(logits)
         run.tokens.append(token)
         finish = None
         if token in request.stop or (run.stops is not None and run.stops.add(token)):
@@ -453,8 +455,8 @@ class Engine:
             run.request_number,
             run.choice,
             token,
-            float(logprobs[token]),
-            _likeliest(logprobs, request.top_logprobs),
+            float(logits[token] - shift - whole),
+            _likeliest(logits - shift - whole, request.top_logprobs) if request.top_logprobs else (),
             finish,  # type: ignore[arg-type]
             run.stops.settled if run.stops is not None else None,
             blocks=run.blocks,
@@ -463,6 +465,14 @@ class Engine:
             return self._end(run, event)
         self.records[run.request_number].answers[run.choice].add(event)
         return event
+
+    def _whole(self, logits: NDArray[np.float64]) -> tuple[np.float64, np.float64]:
+        """The largest logit, and the logarithm of the sum of exp(logit - largest)."""
+        if len(self._exp) != len(logits):
+            self._exp = np.empty_like(logits)  # kept: fresh pages of memory cost more than the exponentials
+        shift = logits.max()
+        np.exp(np.subtract(logits, shift, out=self._exp), out=self._exp)
+        return shift, np.log(self._exp.sum())
 
     def _advance_grammar(self, run: Running, token: int) -> None:
         request = run.request
@@ -556,11 +566,6 @@ class Engine:
         del self._running[run.number]
         self._waiting.appendleft(run)
         self.records[run.request_number].preempted += 1
-
-
-def _logprobs(logits: NDArray[np.float64]) -> NDArray[np.float64]:
-    shifted = logits - logits.max()
-    return shifted - np.log(np.exp(shifted).sum())
 
 
 def _likeliest(logprobs: NDArray[np.float64], count: int) -> tuple[tuple[int, float], ...]:

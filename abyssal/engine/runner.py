@@ -27,7 +27,8 @@ class Runner:
     def __init__(self, model: Transformer):
         self.model = model
         self._threads = torch.get_num_threads()
-        self._small = sum(p.numel() for p in model.parameters()) < SMALL_MODEL
+        self._small = model.size < SMALL_MODEL
+        model.pack()
 
     def _use_threads(self, tokens: int, context: int = 0) -> None:
         small = self._small and tokens <= SMALL_PASS and context <= SHORT

@@ -7,6 +7,7 @@ beside it, and a draft can be checked by drawing again.
 
 from __future__ import annotations
 
+import math
 import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -17,6 +18,13 @@ from numpy.typing import NDArray
 from abyssal.base.errors import InputError
 
 Floats = NDArray[np.float64]
+Ids = NDArray[np.int64]
+
+# between sums and logarithms in another order, or of another library, of values that float64 holds to 1e-16
+DOUBT = 1e-9
+FEW = 1024  # tokens that are sorted whole
+PIECE = 8192  # tokens that are drawn at once
+BINS, BINS_OF_E = 2048, 16.0  # of logits below the largest; so many for each unit
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,8 +90,10 @@ class Sampler:
 
     def noise(self, place: int, size: int) -> Floats:
         """Gumbel noise for the token at `place` of the answer, one value for each token of the vocabulary."""
-        generator = np.random.Generator(np.random.Philox(key=self._key, counter=[0, 0, place, 0]))
-        return generator.gumbel(size=size)
+        return self._generator(place).gumbel(size=size)
+
+    def _generator(self, place: int) -> np.random.Generator:
+        return np.random.Generator(np.random.Philox(key=self._key, counter=[0, 0, place, 0]))
 
     def draw(
         self,
@@ -106,8 +116,48 @@ class Sampler:
         s = self.sampling
         if s.temperature == 0:
             return int(logits.argmax())
-        logits = truncated(logits / s.temperature, s.top_k, s.top_p, s.min_p)
-        return int((logits + self.noise(place, len(logits))).argmax())
+        logits /= s.temperature
+        return self._largest(logits, kept(logits, s.top_k, s.top_p, s.min_p), place)
+
+    def _largest(self, logits_V: Floats, ids: Ids | None, place: int) -> int:
+        """The token whose logit and noise are the largest together, among `ids` (None: all).
+
+        NumPy's logarithms of a whole array are faster than the generator's, which are the C library's, and differ in
+        the last digit: they find who could be the largest, and of several the C library decides. In pieces that stay
+        in the cache, since fresh pages of memory cost more than the logarithms.
+        """
+        generator = self._generator(place)
+        best = -math.inf
+        near: list[tuple[float, int, float]] = []  # rough score, token, noise before its logarithms
+        for first in range(0, len(logits_V), PIECE):
+            uniform = generator.random(min(PIECE, len(logits_V) - first))
+            if not uniform.all():  # the generator draws again for a zero, which moves all that follow
+                return self._largest_by_definition(logits_V, ids, place)
+            tokens = None
+            values = logits_V[first : first + PIECE]
+            if ids is not None:
+                tokens = ids[slice(*ids.searchsorted((first, first + PIECE)))]
+                uniform, values = uniform[tokens - first], logits_V[tokens]
+                if not len(tokens):
+                    continue
+            np.subtract(1.0, uniform, out=uniform)
+            scores = np.log(uniform)
+            np.log(np.negative(scores, out=scores), out=scores)
+            np.subtract(values, scores, out=scores)
+            best = max(best, float(scores.max()))
+            for i in np.flatnonzero(scores >= best - DOUBT * max(1.0, abs(best))):
+                near.append((float(scores[i]), first + int(i) if tokens is None else int(tokens[i]), float(uniform[i])))
+        if not math.isfinite(best):
+            return self._largest_by_definition(logits_V, ids, place)
+        near = [found for found in near if found[0] >= best - DOUBT * max(1.0, abs(best))]
+        if len(near) == 1:
+            return near[0][1]
+        # of equal ones the first, as argmax takes it
+        return max(near, key=lambda found: float(logits_V[found[1]]) - math.log(-math.log(found[2])))[1]
+
+    def _largest_by_definition(self, logits_V: Floats, ids: Ids | None, place: int) -> int:
+        scores = logits_V + self.noise(place, len(logits_V))
+        return int(scores.argmax() if ids is None else ids[scores[ids].argmax()])
 
     def adjusted(self, logits_V: Floats, prompt: Sequence[int], answer: Sequence[int]) -> Floats:
         """Logits after bias and penalties."""
@@ -126,24 +176,64 @@ class Sampler:
 
 
 def truncated(logits_V: Floats, top_k: int, top_p: float, min_p: float) -> Floats:
-    """Logits with minus infinity for the tokens that are cut off; the likeliest always stays.
+    """Logits with minus infinity for the tokens that are cut off; see `kept`."""
+    ids = kept(logits_V, top_k, top_p, min_p)
+    if ids is None:
+        return logits_V
+    cut = np.full_like(logits_V, -np.inf)
+    cut[ids] = logits_V[ids]
+    return cut
+
+
+def kept(logits_V: Floats, top_k: int, top_p: float, min_p: float) -> Ids | None:
+    """Tokens that are not cut off, in rising order, or None for all of them; the likeliest always stays.
 
     Each rule looks at what the one before has left: top-k, then top-p, then min-p. Equal logits at the border
     of top-k all stay; of equal ones at the border of top-p, those with the lower ids.
     """
-    logits = logits_V
-    if 0 < top_k < len(logits):
-        border = np.partition(logits, -top_k)[-top_k]
-        logits = np.where(logits >= border, logits, -np.inf)
+    ids: Ids | None = None
+    values = logits_V
+    if 0 < top_k < len(logits_V):
+        ids = np.flatnonzero(logits_V >= np.partition(logits_V, -top_k)[-top_k])
+        values = logits_V[ids]
     if top_p < 1:
-        order = np.argsort(-logits, kind="stable")
-        weights = np.exp(logits[order] - logits[order[0]])
-        shares = weights / weights.sum()
-        kept = np.cumsum(shares) - shares < top_p  # the token that crosses the border stays
-        kept[0] = True
-        cut = np.full_like(logits, -np.inf)
-        cut[order[kept]] = logits[order[kept]]
-        logits = cut
+        stay = _nucleus(values, top_p)
+        ids, values = stay if ids is None else ids[stay], values[stay]
     if min_p > 0:
-        logits = np.where(logits >= logits.max() + np.log(min_p), logits, -np.inf)
-    return logits
+        stay = np.flatnonzero(values >= values.max() + np.log(min_p))
+        ids = stay if ids is None else ids[stay]
+    return ids
+
+
+def _nucleus(logits: Floats, top_p: float) -> Ids:
+    """Places of the likeliest values that together have this probability, in rising order."""
+    if len(logits) > FEW and (found := _nucleus_by_bins(logits, top_p)) is not None:
+        return found
+    order = np.argsort(-logits, kind="stable")
+    weights = np.exp(logits[order] - logits[order[0]])
+    shares = weights / weights.sum()
+    stay = np.cumsum(shares) - shares < top_p  # the token that crosses the border stays
+    stay[0] = True
+    return np.sort(order[stay])
+
+
+def _nucleus_by_bins(logits: Floats, top_p: float) -> Ids | None:
+    """The same without sorting more than the bin in which the border lies.
+
+    Shares are then added in another order than by definition: None where that could decide.
+    """
+    below = logits.max() - logits
+    weights = np.exp(-below)
+    bins = np.minimum(below * BINS_OF_E, BINS - 1).astype(np.intp)
+    sums = np.cumsum(np.bincount(bins, weights, BINS))
+    total = sums[-1]
+    border = int(np.searchsorted(sums, top_p * total))
+    inside = np.flatnonzero(bins == border)
+    order = inside[np.argsort(-logits[inside], kind="stable")]
+    shares = weights[order] / total
+    before = np.cumsum(shares) - shares + (sums[border - 1] / total if border else 0)
+    if min(np.abs(before - top_p).min(), abs(sums[border] / total - top_p)) < DOUBT:
+        return None
+    stay = bins < border
+    stay[order[before < top_p]] = True
+    return np.flatnonzero(stay)

@@ -3,13 +3,21 @@
 Keys come in parts: those gathered for each query, and tiles that all queries of a sequence share. The softmax
 runs over the parts in order, so that a part which a query cannot see changes nothing, not even a bit, and the
 result for a query does not depend on the queries beside it.
+
+The native kernel reads rows where they lie and takes a query from its projection to its turned-back result. A
+query's entries are one list, its window oldest first and then its blocks in rising order, cut into tiles of 64 and
+segments of 16 tiles; so the order of its sums, another one than the reference's, depends on its position alone.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from types import ModuleType
+
 import torch
 from torch import Tensor
 
+from abyssal.kernels.choice import native
 from abyssal.quant.precision import wide
 
 
@@ -69,3 +77,85 @@ def attend_reference(q_QHC: Tensor, keys_KC: Tensor, mask_QK: Tensor, sink_H: Te
     sink = sink_H.view(1, -1, 1).expand(len(q_QHC), -1, 1)
     weights = torch.cat([logits_QHK, sink], dim=-1).softmax(-1)[..., :-1]
     return torch.einsum("qhk,kc->qhc", weights, keys_KC)
+
+
+@dataclass(frozen=True)
+class Window:
+    """The window entries that a pass reads and adds, as they are stored.
+
+    Attributes:
+        spans: [G, 6] of each sequence: its first row in the pass, its tokens, the position of the first, the first
+            position whose ring rows are present, its slot, and up to where blocks are stored already.
+        fresh: entries of the pass's own tokens, [T, width].
+        ring: position p of slot s lies in row s * ring_size + p % ring_size.
+        ring_size: places of a slot, `window` or more.
+        window: entries that a query reads, its own among them.
+    """
+
+    spans: Tensor
+    fresh: Tensor
+    ring: Tensor
+    ring_size: int
+    window: int
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """The compressed entries that a pass reads.
+
+    Attributes:
+        ratio: tokens of a block.
+        entries: block b of a sequence lies in row 1 + page * per_page + b % per_page.
+        tables: [G, P] page numbers of each sequence; page b // per_page holds block b.
+        per_page: blocks of a page.
+        chosen: [T, K] blocks that each token reads in rising order, -1 in unused places; None for all that it sees.
+    """
+
+    ratio: int
+    entries: Tensor
+    tables: Tensor
+    per_page: int
+    chosen: Tensor | None
+
+
+def fast(*tensors: Tensor) -> ModuleType | None:
+    """The native kernels, if they can take these: float32 or packed, on the CPU, nothing that needs a gradient."""
+    module = native()
+    if module is None:
+        return None
+    grad = torch.is_grad_enabled()
+    for x in tensors:
+        if x.dtype not in (torch.float32, torch.uint8) or x.device.type != "cpu" or (grad and x.requires_grad):
+            return None
+    return module
+
+
+def attend(
+    module: ModuleType,
+    q_THC: Tensor,
+    turn_TR: Tensor,
+    sink_H: Tensor,
+    eps: float,
+    window: Window,
+    blocks: Blocks | None,
+) -> Tensor:
+    """All of attention between the projections; adds the window entries to the ring.
+
+    Args:
+        module: what `fast` returned for the tensors.
+        q_THC: queries as projected; each head is normalised (without a weight) and turned here.
+        turn_TR: complex rotations of the tokens' positions.
+        sink_H: raw logits that only enlarge the denominator.
+        eps: of the normalisation.
+        window, blocks: what the queries read; softmax scale is C ** -0.5.
+    Returns:
+        o_THC, turned back by the position of the query; zeros in rows that belong to no span.
+    """
+    out = torch.empty_like(q_THC)
+    scale = q_THC.shape[-1] ** -0.5
+    near = (window.spans, window.fresh, window.ring, window.window, window.ring_size)
+    far: tuple[int, Tensor | None, Tensor | None, int, Tensor | None] = (0, None, None, 1, None)
+    if blocks is not None:
+        far = (blocks.ratio, blocks.entries, blocks.tables, blocks.per_page, blocks.chosen)
+    module.attend(q_THC, torch.view_as_real(turn_TR), sink_H, eps, scale, *near, *far, out)
+    return out

@@ -1,12 +1,15 @@
 """index_topk: the lightning indexer's scores and its choice (architecture.md 2.7).
 
-Keys are read a tile at a time and only the best so far are kept, so memory does not grow with the context.
+Keys are read a tile at a time and only the best so far are kept, so memory does not grow with the context. The native
+kernel reads them where they lie and unpacks FP4 in registers; scores that are equal are so on every path, but sums run
+in another order than torch's.
 """
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -171,3 +174,32 @@ def choose(
                 ranking.add(index_scores(q_GSIJ[:, part], weights_GSI[:, part], near).flatten(0, 1), first)
     chosen = [ranking.blocks().unflatten(0, (G, -1)) for ranking in best]
     return chosen[0] if len(chosen) == 1 else torch.cat(chosen, dim=1)
+
+
+def choose_rows(
+    module: ModuleType,
+    q_TIJ: Tensor,
+    weights_TI: Tensor,
+    visible_Q: Tensor,
+    firsts: Tensor,
+    tables: Tensor,
+    keys: Tensor,
+    per_page: int,
+    k: int,
+) -> Tensor:
+    """The same by the native kernels, for the queries of several sequences.
+
+    Args:
+        module: `attention.fast` of the tensors.
+        q_TIJ, weights_TI: index queries and head weights, float32; rows behind the last query are not read.
+        visible_Q: how many blocks each query may see; who sees k or fewer gets all.
+        firsts: [G + 1] queries firsts[g] .. firsts[g + 1] - 1 belong to sequence g.
+        tables: [G, P] pages of each sequence; block b lies in row 1 + page * per_page + b % per_page of the keys.
+        keys: float32 [rows, J], or packed bytes.
+        k: how many blocks a query reads at most.
+    Returns:
+        blocks_QK in rising order, -1 in unused places.
+    """
+    blocks = torch.empty((len(visible_Q), k), dtype=torch.long)
+    module.index_topk(q_TIJ, weights_TI, visible_Q, firsts, tables, keys, per_page, blocks)
+    return blocks

@@ -1,21 +1,31 @@
 """linear: a product with a weight that may lie in FP8 or FP4 (architecture.md 3.3).
 
-The plain meaning: dequantise, then multiply. Large quantised weights are expanded a band of rows at a
-time, so that a product needs little memory beside the stored bytes.
+The plain meaning: dequantise, then multiply. The result for a row does not depend on the other rows, nor on the
+number of threads, and gradients flow to `x` and to a float weight.
 
-The result for a row does not depend on the other rows. Libraries add in another order when there are few
-rows or when threads share them unevenly, so rows are filled up to a multiple of `row_unit`, which is found by
-trying, once for a process. Where no multiple helps, the product is taken one unit at a time.
+Native kernels (fast/cpu/ops/product.hpp) add in one fixed order, whatever the number of rows, so they keep the
+promise by construction. They take float32 and bfloat16 activations. Their error: with I inputs, each sum is a chain
+of 32 steps and one of I / 32, so |error| <= gamma(33 + I / 32) * sum |x w| with gamma(n) = n u / (1 - n u), and one
+rounding to the result's type.
+
+The reference multiplies by torch. Large quantised weights are expanded a band of rows at a time, so that a product
+needs little memory beside the stored bytes. Libraries add in another order when there are few rows or when threads
+share them unevenly, so rows are filled up to a multiple of `row_unit`, which is found by trying, once for a process.
+Where no multiple helps, the product is taken one unit at a time.
 """
 
 from __future__ import annotations
 
 from functools import cache
+from types import ModuleType
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from abyssal.kernels.choice import native
+from abyssal.kernels.packed import Packed, format_of, stored_weight
 from abyssal.quant.fp4 import dequantise_fp4
 from abyssal.quant.fp8 import dequantise_fp8
 
@@ -88,7 +98,7 @@ def _product(x_RI: Tensor, weight_OI: Tensor) -> Tensor:
     return y_RO[:, :outputs].contiguous() if spare else y_RO
 
 
-def linear(x: Tensor, weight: Tensor, scale: Tensor | None = None) -> Tensor:
+def linear_reference(x: Tensor, weight: Tensor, scale: Tensor | None = None) -> Tensor:
     """x [..., I] times the transpose of a stored weight [O, I], in the dtype of `x`."""
     out_features, columns = weight.shape[0], x.shape[-1]
     flat = x if x.dim() == 2 else x.reshape(-1, columns)
@@ -108,3 +118,100 @@ def linear(x: Tensor, weight: Tensor, scale: Tensor | None = None) -> Tensor:
     if spare:
         y = y[:rows]
     return y if x.dim() == 2 else y.view(*x.shape[:-1], out_features)
+
+
+def _native_for(x: Tensor, weight: Tensor | Packed, scale: Tensor | None) -> ModuleType | None:
+    """The extension module, if it is to compute this product."""
+    fast = native()
+    if fast is None or x.dtype not in (torch.float32, torch.bfloat16) or x.device.type != "cpu":
+        return None
+    if isinstance(weight, Packed):
+        return fast
+    return fast if format_of(weight, scale) is not None else None
+
+
+class _Native(torch.autograd.Function):
+    """The native product where a gradient is needed; x is [..., I], or [..., G, I] for G matrices."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor | Packed, scale: Tensor | None, fast: ModuleType) -> Tensor:
+        ctx.save_for_backward(x, *(() if isinstance(weight, Packed) else (weight,)))
+        ctx.packed, ctx.scale = weight if isinstance(weight, Packed) else None, scale
+        return _run(fast, x, weight, scale)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+        (grad,) = grads
+        x, *rest = ctx.saved_tensors
+        weight, scale = ctx.packed.stored() if ctx.packed is not None else (rest[0], ctx.scale)
+        x_TGI = x.reshape(-1, *(weight.shape[:-2] or (1,)), x.shape[-1])
+        grad_TGO = grad.reshape(*x_TGI.shape[:2], -1)
+        grad_x = grad_weight = None
+        if ctx.needs_input_grad[0]:
+            values = dequantise(weight, scale, grad.dtype).view(x_TGI.shape[1], -1, x_TGI.shape[2])
+            grad_x = torch.matmul(grad_TGO.transpose(0, 1), values).transpose(0, 1).reshape(x.shape)
+        if ctx.needs_input_grad[1]:
+            grad_weight = torch.matmul(grad_TGO.permute(1, 2, 0), x_TGI.transpose(0, 1))
+            grad_weight = grad_weight.view(weight.shape).to(weight.dtype)
+        return grad_x, grad_weight, None, None
+
+
+def _run(fast: ModuleType, x: Tensor, weight: Tensor | Packed, scale: Tensor | None) -> Tensor:
+    handle = weight.handle if isinstance(weight, Packed) else stored_weight(fast, weight, scale)
+    groups = weight.shape[:-2]  # none, or G matrices side by side
+    rows = x if x.dim() == 2 and not groups else x.reshape(-1, groups.numel() * x.shape[-1])
+    y = x.new_empty(len(rows), groups.numel() * weight.shape[-2])
+    (fast.linear_by_columns if groups else fast.linear)(handle, rows.contiguous(), y)
+    return y if rows is x else y.view(*x.shape[:-1], weight.shape[-2])
+
+
+def _compute(fast: ModuleType, x: Tensor, weight: Tensor | Packed, scale: Tensor | None) -> Tensor:
+    if torch.is_grad_enabled() and (x.requires_grad or (isinstance(weight, Tensor) and weight.requires_grad)):
+        return _Native.apply(x, weight, scale, fast)  # type: ignore[no-untyped-call]
+    return _run(fast, x, weight, scale)
+
+
+def linear(x: Tensor, weight: Tensor | Packed, scale: Tensor | None = None) -> Tensor:
+    """x [..., I] times the transpose of a weight [O, I], in the dtype of `x`.
+
+    Args:
+        weight: stored as in a release, or packed.
+        scale: block scales of a stored FP8 or FP4 weight.
+    """
+    fast = _native_for(x, weight, scale)
+    if fast is not None:
+        return _compute(fast, x, weight, scale)
+    return linear_reference(x, *(weight.stored() if isinstance(weight, Packed) else (weight, scale)))
+
+
+def linear_by_columns(x_TGI: Tensor, weight_GOI: Tensor | Packed, scale: Tensor | None = None) -> Tensor:
+    """Products of groups of columns with a matrix each: y[t, g] = W[g] x[t, g], [T, G, O] in the dtype of `x`.
+
+    Args:
+        weight_GOI: stored as in a release, or packed.
+        scale: block scales, [G, O/128, I/128].
+    """
+    fast = _native_for(x_TGI, weight_GOI, scale)
+    if fast is not None:
+        return _compute(fast, x_TGI, weight_GOI, scale)
+    stored = weight_GOI.stored() if isinstance(weight_GOI, Packed) else (weight_GOI, scale)
+    return torch.einsum("tgi,goi->tgo", x_TGI, dequantise(*stored, x_TGI.dtype))
+
+
+def linear_by_rows(x_RI: Tensor, weight_EOI: Packed, counts_E: Tensor) -> Tensor:
+    """Products of neighbouring rows with a matrix each: the first counts[0] rows with the first matrix, and so on.
+
+    Args:
+        x_RI: rows, sorted by matrix; no gradient.
+        counts_E: rows of each matrix.
+    Returns:
+        y_RO in the dtype of x.
+    """
+    fast = _native_for(x_RI, weight_EOI, None)
+    if fast is None:
+        weight, scale = weight_EOI.stored()
+        parts = enumerate(x_RI.split(counts_E.tolist()))
+        return torch.cat([linear_reference(x, weight[e], None if scale is None else scale[e]) for e, x in parts])
+    y_RO = x_RI.new_empty(len(x_RI), weight_EOI.shape[-2])
+    fast.linear_by_rows(weight_EOI.handle, x_RI.contiguous(), F.pad(counts_E.cumsum(0), (1, 0)), y_RO)
+    return y_RO

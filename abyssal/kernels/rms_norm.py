@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from abyssal.kernels.choice import native_for
 from abyssal.quant.precision import wide
 
 
@@ -19,14 +20,24 @@ def inverse_rms(x: Tensor, eps: float) -> Tensor:
     return torch.rsqrt(x.square().sum(-1, keepdim=True) * (1 / x.shape[-1]) + eps)
 
 
+def rms_norm_reference(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
+    """The plain meaning."""
+    x32 = wide(x)
+    normed = x32 * inverse_rms(x32, eps)
+    if weight is not None:
+        normed = normed * wide(weight)
+    return normed.to(x.dtype)
+
+
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
     """Normalise `x [..., D]` and scale it by `weight [D]`, or by nothing.
 
     Returns:
         A tensor of the shape and dtype of `x`.
     """
-    x32 = wide(x)
-    normed = x32 * inverse_rms(x32, eps)
-    if weight is not None:
-        normed = normed * wide(weight)
-    return normed.to(x.dtype)
+    if (fast := native_for(x, weight)) is None:
+        return rms_norm_reference(x, weight, eps)
+    x = x.contiguous()
+    y = torch.empty_like(x)
+    fast.norm(x, True, weight, eps, None, False, y)
+    return y

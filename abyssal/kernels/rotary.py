@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from abyssal.kernels.choice import native_for
+from abyssal.kernels.rms_norm import rms_norm_reference
 from abyssal.quant.precision import wide
 
 
@@ -25,14 +27,48 @@ def rotations(frequencies_R: Tensor, positions: Tensor) -> Tensor:
     return torch.polar(torch.ones_like(angles), angles)
 
 
-def rotate_tail(x: Tensor, turn: Tensor) -> Tensor:
-    """Rotate the last dimensions of `x [..., C]` by `turn [..., R/2]`, which broadcasts against it.
-
-    Returns:
-        A new tensor of the dtype of `x`; the first C - R dimensions are copied.
-    """
+def rotate_tail_reference(x: Tensor, turn: Tensor, inverse: bool = False) -> Tensor:
+    """The plain meaning; `turn` broadcasts against the pairs of `x`."""
     rope_dim = 2 * turn.shape[-1]
     plain, tail = x[..., :-rope_dim], wide(x[..., -rope_dim:])
     pairs = torch.view_as_complex(tail.unflatten(-1, (-1, 2)))
-    turned = torch.view_as_real(pairs * turn).flatten(-2)
+    turned = torch.view_as_real(pairs * (turn.conj() if inverse else turn)).flatten(-2)
     return torch.cat([plain, turned.to(x.dtype)], dim=-1)
+
+
+def _takes(x: Tensor, turn: Tensor) -> bool:
+    """Whether neighbouring rows of `x` share one rotation each, as many for each."""
+    if turn.dtype is not torch.complex64 or turn.is_conj() or turn.requires_grad:
+        return False
+    lead, own = x.shape[:-1], turn.shape[:-1]
+    while own and own[-1] == 1:
+        own = own[:-1]
+    return len(turn.shape) == len(x.shape) and lead[: len(own)] == own and 0 < turn.shape[-1] <= x.shape[-1] // 2
+
+
+def rotate_tail(x: Tensor, turn: Tensor, inverse: bool = False) -> Tensor:
+    """Rotate the last dimensions of `x [..., C]` by `turn [..., R/2]`, which broadcasts against it.
+
+    Args:
+        inverse: turn back, by the conjugate.
+    Returns:
+        A new tensor of the dtype of `x`; the first C - R dimensions are copied.
+    """
+    fast = native_for(x)
+    if fast is None or not _takes(x, turn):
+        return rotate_tail_reference(x, turn, inverse)
+    x = x.contiguous()
+    y = torch.empty_like(x)
+    fast.norm(x, False, None, 0.0, turn.contiguous(), inverse, y)
+    return y
+
+
+def norm_and_rotate(x: Tensor, weight: Tensor | None, eps: float, turn: Tensor) -> Tensor:
+    """`rms_norm`, then `rotate_tail`."""
+    fast = native_for(x, weight)
+    if fast is None or not _takes(x, turn):
+        return rotate_tail_reference(rms_norm_reference(x, weight, eps), turn)
+    x = x.contiguous()
+    y = torch.empty_like(x)
+    fast.norm(x, True, weight, eps, turn.contiguous(), False, y)
+    return y

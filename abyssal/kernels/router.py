@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from abyssal.kernels.choice import native_for
+
 
 def sqrt_softplus(logits: Tensor) -> Tensor:
     """sqrt(log(1 + exp(x))), in one form that neither underflows nor overflows (trap 14).
@@ -20,6 +22,21 @@ def sqrt_softplus(logits: Tensor) -> Tensor:
     return torch.where(small, small_part, large_part)
 
 
+def router_weights_reference(
+    logits_TE: Tensor, bias_E: Tensor | None, chosen_TK: Tensor | None, k: int, scale: float
+) -> tuple[Tensor, Tensor]:
+    """The plain meaning; of equal scores torch takes any."""
+    scores = sqrt_softplus(logits_TE)
+    if chosen_TK is None:
+        ranked = scores if bias_E is None else scores + bias_E
+        chosen_TK = ranked.detach().topk(k, dim=-1).indices
+    picked = scores.gather(1, chosen_TK)
+    # relative to the largest, so that even the sum of vanishing scores is not zero
+    picked = picked / picked.detach().amax(-1, keepdim=True).clamp(min=torch.finfo(picked.dtype).tiny)
+    total = picked.sum(-1, keepdim=True).clamp(min=torch.finfo(picked.dtype).tiny)
+    return picked / total * scale, chosen_TK
+
+
 def router_weights(
     logits_TE: Tensor, bias_E: Tensor | None, chosen_TK: Tensor | None, k: int, scale: float
 ) -> tuple[Tensor, Tensor]:
@@ -32,14 +49,13 @@ def router_weights(
         k: experts of a token.
         scale: what the weights of a token sum to (`routed_scaling_factor`).
     Returns:
-        weights_TK in the dtype of the logits, and chosen_TK.
+        weights_TK in the dtype of the logits, and chosen_TK; native kernels choose by falling score, of equal ones
+        the lower number first.
     """
-    scores = sqrt_softplus(logits_TE)
-    if chosen_TK is None:
-        ranked = scores if bias_E is None else scores + bias_E
-        chosen_TK = ranked.detach().topk(k, dim=-1).indices
-    picked = scores.gather(1, chosen_TK)
-    # relative to the largest, so that even the sum of vanishing scores is not zero
-    picked = picked / picked.detach().amax(-1, keepdim=True).clamp(min=torch.finfo(picked.dtype).tiny)
-    total = picked.sum(-1, keepdim=True).clamp(min=torch.finfo(picked.dtype).tiny)
-    return picked / total * scale, chosen_TK
+    if (fast := native_for(logits_TE, bias_E)) is None:
+        return router_weights_reference(logits_TE, bias_E, chosen_TK, k, scale)
+    weights_TK = logits_TE.new_empty(len(logits_TE), k)
+    found_TK = torch.empty(weights_TK.shape, dtype=torch.int64)
+    given = None if chosen_TK is None else chosen_TK.contiguous()
+    fast.route(logits_TE.contiguous(), bias_E, given, scale, weights_TK, found_TK)
+    return weights_TK, found_TK

@@ -8,6 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from abyssal.kernels.rounding import fake_fp4
 from abyssal.quant.entry import (
     entry_bytes,
     fake_entry,
@@ -17,7 +18,6 @@ from abyssal.quant.entry import (
     unpack_entry,
     unpack_index_key,
 )
-from abyssal.quant.fp4 import fake_fp4
 from abyssal.quant.numerics import Mode
 
 

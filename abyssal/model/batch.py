@@ -20,9 +20,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from abyssal.arch.schedule import LayerKind
+from abyssal.kernels.choice import native
 from abyssal.kernels.linear import row_unit
 from abyssal.kvcache.memory import Memory
 from abyssal.kvcache.sequence import SequenceCache, history
+from abyssal.model.rope import Rope
 from abyssal.quant.precision import wide_dtype
 
 
@@ -156,7 +158,9 @@ class Batch:
         self.count = first
         dtype = self.memory.dtype
         self.unit = max(row_unit(dtype), row_unit(wide_dtype(dtype)))
-        self.padded = -(-first // self.unit) * self.unit
+        # native products need no rows of nobody
+        full = native() is not None and dtype == torch.float32 and caches[0].memory.all_layers()[0].window.data.is_cpu
+        self.padded = max(first, 2) if full else -(-first // self.unit) * self.unit
         # a product over a batch of one takes another path
         self.attending = max(first, 2)
         self._positions = np.zeros(self.padded, np.int64)
@@ -165,6 +169,8 @@ class Batch:
         self.positions = torch.from_numpy(self._positions)
         self.watched: list[list[NDArray[np.int64]]] | None = None
         self._blocks: dict[int, BlockPlan] = {}
+        self._visible: dict[int, Tensor] = {}
+        self._turns: dict[tuple[int, Rope], Tensor] = {}
         self._few: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
 
     def pad(self, x: Tensor) -> Tensor:
@@ -187,6 +193,41 @@ class Batch:
     def visible(self, ratio: int) -> NDArray[np.int64]:
         """[count] blocks that each token sees; it sees the one that it completes (architecture.md 2.8)."""
         return (self._positions[: self.count] + 1) // ratio
+
+    @cached_property
+    def table_GP(self) -> Tensor:
+        """Page numbers of each span's sequence, filled up with zeros."""
+        table = np.zeros((len(self.spans), max(len(span.cache.pages) for span in self.spans)), np.int64)
+        for row, span in zip(table, self.spans, strict=True):
+            row[: len(span.cache.pages)] = span.cache.table
+        return torch.from_numpy(table)
+
+    @cached_property
+    def spans_G6(self) -> Tensor:
+        """The spans as numbers: first row, length, start, since, slot, known."""
+        return torch.tensor(
+            [(s.first, s.length, s.start, s.since, s.cache.slot, s.cache.known) for s in self.spans]
+        )
+
+    def block_turns(self, ratio: int, rope: Rope) -> Tensor:
+        """Rotations [N, R/2] at the first token of each block that the tokens complete, made once for a pass."""
+        if (ratio, rope) not in self._turns:
+            starts = [
+                np.arange(span.start // ratio, (span.start + span.length) // ratio) * ratio for span in self.spans
+            ]
+            self._turns[ratio, rope] = rope.at(torch.from_numpy(np.concatenate(starts)))
+        return self._turns[ratio, rope]
+
+    @cached_property
+    def firsts(self) -> Tensor:
+        """[G + 1] first row of each span, and the number of tokens."""
+        return torch.tensor([*(span.first for span in self.spans), self.count])
+
+    def visible_Q(self, ratio: int) -> Tensor:
+        """`visible` as a tensor, made once for a pass."""
+        if ratio not in self._visible:
+            self._visible[ratio] = torch.from_numpy(self.visible(ratio))
+        return self._visible[ratio]
 
     @cached_property
     def window(self) -> WindowPlan:

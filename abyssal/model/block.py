@@ -41,8 +41,8 @@ class Block(nn.Module):
     ) -> Tensor:
         """streams_TND -> streams_TND for the padded rows of a batch; its tokens are added to the memory."""
         site = Site(self.config, self.hc_attn_fn, self.hc_attn_base, self.hc_attn_scale)
-        x_TD, post, mix = site.enter(streams_TND)
-        streams_TND = site.leave(self.attn(self.attn_norm(x_TD), batch, memory, rope, turn_T), streams_TND, post, mix)
+        x_TD, gates = site.enter(streams_TND, self.attn_norm)
+        streams_TND = site.leave(self.attn(x_TD, batch, memory, rope, turn_T), streams_TND, gates)
         site = Site(self.config, self.hc_ffn_fn, self.hc_ffn_base, self.hc_ffn_scale)
-        x_TD, post, mix = site.enter(streams_TND)
-        return site.leave(self.ffn(self.ffn_norm(x_TD), ids_T, batch.count), streams_TND, post, mix)
+        x_TD, gates = site.enter(streams_TND, self.ffn_norm)
+        return site.leave(self.ffn(x_TD, ids_T, batch.count), streams_TND, gates)

@@ -2,35 +2,112 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
-from abyssal.kernels.linear import dequantise, linear
-from abyssal.quant.fp8 import fake_fp8
+from abyssal.kernels.linear import dequantise, linear, linear_by_columns
+from abyssal.kernels.packed import Packed, packable
+from abyssal.kernels.rounding import fake_fp8
+from abyssal.quant.fp8 import TILE
 from abyssal.quant.numerics import Numerics
 from abyssal.quant.precision import wide
 
 ACTIVATION_BLOCK = 128
 
 
-class Linear(nn.Module):
+class PackedModule(nn.Module):
+    """A module that can keep weights in the order of the native kernels, in place of its parameters.
+
+    A packed weight is no parameter: it takes no gradient, and moving or casting the module unpacks it first.
+    `state_dict` and `load_state_dict` do not show the difference.
+
+    Attributes:
+        packed: what is packed, by name of the parameter.
+        pairs: names of the parameters that may be packed, and of the buffers with their scales.
+    """
+
+    pairs: tuple[tuple[str, str], ...] = ()
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.packed: dict[str, Packed] = {}
+
+    def _shaped(self, tensor: Tensor) -> Tensor:
+        """A weight or scale as it is packed."""
+        return tensor
+
+    def _flat(self, tensor: Tensor) -> Tensor:
+        """The way back."""
+        return tensor
+
+    def pack(self) -> None:
+        """Pack the weights that native kernels can read; those that record gradients stay."""
+        for name, scale_name in self.pairs:
+            weight, scale = getattr(self, name), getattr(self, scale_name)
+            if weight is None:
+                continue
+            shaped = self._shaped(weight), None if scale is None else self._shaped(scale)
+            if packable(*shaped):
+                self._keep({name: Packed(*shaped)})
+
+    def _keep(self, packed: dict[str, Packed]) -> None:
+        self.packed.update(packed)
+        for name, scale_name in self.pairs:
+            if name in packed:
+                setattr(self, name, None)
+                setattr(self, scale_name, None)
+
+    def unpack(self) -> None:
+        """Turn packed weights into parameters again."""
+        for name, scale_name in self.pairs:
+            if name in self.packed:
+                weight, scale = (t if t is None else self._flat(t) for t in self.packed[name].stored())
+                assert weight is not None
+                setattr(self, name, nn.Parameter(weight, requires_grad=False))
+                setattr(self, scale_name, scale)
+        self.packed.clear()
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        packed = dict(self.packed)
+        self.unpack()
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        self._keep(packed)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self.unpack()
+        super()._load_from_state_dict(*args, **kwargs)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        self.unpack()
+        return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+
+
+class Linear(PackedModule):
     """y = x W^T without a bias.
 
     Attributes:
-        weight: [O, I], float, or FP8 with `scale`.
+        weight: [O, I], float, or FP8 with `scale`; None while it is packed.
         scale: block scales of a quantised weight, else None.
     """
 
     scale: Tensor | None
+    pairs = (("weight", "scale"),)
 
     def __init__(self, in_features: int, out_features: int):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(out_features, in_features))
         self.register_buffer("scale", None)
 
+    @property
+    def matrix(self) -> Tensor | Packed:
+        """The weight, packed or not."""
+        return self.packed.get("weight", self.weight)
+
     def forward(self, x: Tensor) -> Tensor:
         """x [..., I] -> [..., O], in the dtype of x."""
-        return linear(x, self.weight, self.scale)
+        return linear(x, self.matrix, self.scale)
 
 
 class WideLinear(Linear):
@@ -38,7 +115,7 @@ class WideLinear(Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., I] -> [..., O] in float32 (float64 for float64)."""
-        return linear(wide(x), self.weight, self.scale)
+        return super().forward(wide(x))
 
 
 class QuantLinear(Linear):
@@ -62,7 +139,17 @@ class GroupedLinear(Linear):
         super().__init__(in_features, out_features)
         self.groups = groups
 
+    def _shaped(self, tensor: Tensor) -> Tensor:
+        return tensor.unflatten(0, (self.groups, -1)) if tensor.shape[0] % self.groups == 0 else tensor
+
+    def _flat(self, tensor: Tensor) -> Tensor:
+        return tensor.flatten(0, 1)
+
     def forward(self, x_TGI: Tensor) -> Tensor:
         """x [T, G, I] -> [T, G * O/G]."""
-        weight = dequantise(self.weight, self.scale, x_TGI.dtype).unflatten(0, (self.groups, -1))
-        return torch.einsum("tgi,goi->tgo", x_TGI, weight).flatten(1)
+        matrix, scale = self.matrix, self.scale
+        if isinstance(matrix, Tensor):
+            if scale is not None and matrix.shape[0] % (self.groups * TILE):
+                matrix, scale = dequantise(matrix, scale, x_TGI.dtype), None  # tiles reach across groups
+            matrix, scale = self._shaped(matrix), None if scale is None else self._shaped(scale)
+        return linear_by_columns(x_TGI, matrix, scale).flatten(1)

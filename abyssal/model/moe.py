@@ -5,18 +5,22 @@ from __future__ import annotations
 import functools
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from abyssal.arch.config import ModelConfig
-from abyssal.kernels.linear import linear
+from abyssal.kernels.experts import fused_experts
+from abyssal.kernels.linear import linear, linear_by_rows
+from abyssal.kernels.packed import Packed
+from abyssal.kernels.rounding import fake_fp8
 from abyssal.kernels.router import router_weights
 from abyssal.kernels.swiglu import swiglu
-from abyssal.model.linear import ACTIVATION_BLOCK, QuantLinear, WideLinear
-from abyssal.quant.fp8 import fake_fp8
+from abyssal.model.linear import ACTIVATION_BLOCK, PackedModule, QuantLinear, WideLinear
 from abyssal.quant.numerics import Numerics
 from abyssal.quant.precision import wide
 
 EXPERT_WEIGHTS = ("w1", "w2", "w3")
+ORDER = ("w1", "w3", "w2")  # in which an expert uses them
 
 
 class Gate(WideLinear):
@@ -47,16 +51,17 @@ class Gate(WideLinear):
         )
 
 
-class Experts(nn.Module):
+class Experts(PackedModule):
     """The routed experts, stacked: w1 (gate) and w3 (up) [E, F, D], w2 (down) [E, D, F].
 
     A weight may be packed FP4 or FP8 with its scales in `w1_scale` and so on. `expert` is the one place
-    that looks a weight up, so that a subclass can read it from disk instead.
+    that looks up a single expert, so that a subclass can read it from disk instead.
     """
 
     w1_scale: Tensor | None
     w2_scale: Tensor | None
     w3_scale: Tensor | None
+    pairs = tuple((name, f"{name}_scale") for name in EXPERT_WEIGHTS)
 
     def __init__(self, config: ModelConfig, numerics: Numerics):
         super().__init__()
@@ -74,10 +79,16 @@ class Experts(nn.Module):
         scale = getattr(self, f"{name}_scale")
         return getattr(self, name)[number], None if scale is None else scale[number]
 
+    def stacked(self) -> tuple[Packed | tuple[Tensor, Tensor | None], ...]:
+        """w1, w3 and w2 of all experts, packed or with their scales; empty ones where they lie elsewhere."""
+        return tuple(self.packed.get(name) or (getattr(self, name), getattr(self, f"{name}_scale")) for name in ORDER)
+
     def forward(self, x_TD: Tensor, weights_TK: Tensor, chosen_TK: Tensor, count: int) -> Tensor:
         """Weighted sum of each token's experts, [count, D] in float32 (float64 for float64)."""
         if self.numerics.activations:
             x_TD = fake_fp8(x_TD, ACTIVATION_BLOCK)
+        if len(self.packed) == len(EXPERT_WEIGHTS):
+            return self._packed(x_TD[:count], weights_TK[:count], chosen_TK[:count])
         if count == 1:  # nothing to sort into groups; the rows of nobody fill the products
             pairs = sorted((number, place) for place, number in enumerate(chosen_TK[0].tolist()))
             parts = [self._one(number, x_TD, weights_TK[:1, place])[:1] for number, place in pairs]
@@ -98,12 +109,26 @@ class Experts(nn.Module):
         total = wide(x_TD).new_zeros(count, x_TD.shape[1])
         return total.index_add(0, rows, torch.cat(parts))
 
+    def _packed(self, x_TD: Tensor, weights_TK: Tensor, chosen_TK: Tensor) -> Tensor:
+        """All experts of a weight in one call."""
+        by_expert = chosen_TK.flatten().sort(stable=True)
+        rows = by_expert.indices // chosen_TK.shape[1]
+        counts_E = torch.bincount(by_expert.values, minlength=self.config.n_routed_experts)
+        x = x_TD[rows]
+        up, gate = (linear_by_rows(x, self.packed[name], counts_E) for name in ("w3", "w1"))
+        a = self._activate(gate, up, weights_TK.flatten()[by_expert.indices], x.dtype)
+        parts = wide(linear_by_rows(a, self.packed["w2"], counts_E))
+        # every token adds its experts in rising order, whatever else is in the batch
+        return parts.new_zeros(len(x_TD), parts.shape[1]).index_add(0, rows, parts)
+
+    def _activate(self, gate: Tensor, up: Tensor, gain: Tensor, dtype: torch.dtype) -> Tensor:
+        a = swiglu(gate, up, self.config.swiglu_limit, gain)  # before the cast and before w2
+        a = a.to(dtype)
+        return fake_fp8(a, ACTIVATION_BLOCK) if self.numerics.activations else a
+
     def _one(self, number: int, x: Tensor, gain: Tensor) -> Tensor:
         up, gate = linear(x, *self.expert(number, "w3")), linear(x, *self.expert(number, "w1"))
-        a = swiglu(gate, up, self.config.swiglu_limit) * gain.unsqueeze(-1)  # before the cast and before w2
-        a = a.to(x.dtype)
-        if self.numerics.activations:
-            a = fake_fp8(a, ACTIVATION_BLOCK)
+        a = self._activate(gate, up, gain, x.dtype)
         return wide(linear(a, *self.expert(number, "w2")))
 
 
@@ -117,6 +142,10 @@ class SharedExpert(nn.Module):
         self.w1 = QuantLinear(D, width, numerics)
         self.w2 = QuantLinear(width, D, numerics)
         self.w3 = QuantLinear(D, width, numerics)
+
+    def three(self) -> tuple[Packed | tuple[Tensor, Tensor | None], ...]:
+        """w1, w3 and w2, packed or with their scales."""
+        return tuple(m.packed.get("weight") or (m.weight, m.scale) for m in (self.w1, self.w3, self.w2))
 
     def forward(self, x_TD: Tensor) -> Tensor:
         """x [T, D] -> [T, D], same dtype."""
@@ -138,6 +167,12 @@ class MoE(nn.Module):
         Rows from `count` on belong to nobody and pass no routed expert.
         """
         weights_TK, chosen_TK = self.gate.route(x_TD, ids_T)
+        tokens = x_TD[:count], weights_TK[:count], chosen_TK[:count]
+        block = ACTIVATION_BLOCK if self.experts.numerics.activations else 0
+        limit = self.shared_experts.limit
+        fused = fused_experts(*tokens, self.experts.stacked(), self.shared_experts.three(), limit, block)
+        if fused is not None:
+            return F.pad(fused, (0, 0, 0, len(x_TD) - count)) if count < len(x_TD) else fused
         y_TD = wide(self.shared_experts(x_TD))
         routed = self.experts(x_TD, weights_TK, chosen_TK, count)
         return torch.cat([routed + y_TD[:count], y_TD[count:]]).to(x_TD.dtype)

@@ -54,5 +54,5 @@ class MTPBlock(Block):
         streams_TND = embedded + self.h_proj(self.hnorm(streams_TND))
         turn_T = rope.at(batch.positions)
         streams_TND = self.forward(streams_TND, next_ids_T, batch, memory, rope, turn_T)
-        z_TD = collapse_head(streams_TND, self.hc_head_fn, self.hc_head_base, self.hc_head_scale, self.config)
-        return self.norm(z_TD), streams_TND
+        head = self.hc_head_fn, self.hc_head_base, self.hc_head_scale
+        return collapse_head(streams_TND, *head, self.norm.weight, self.config), streams_TND

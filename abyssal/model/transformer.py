@@ -17,7 +17,7 @@ from abyssal.kvcache.memory import Memory
 from abyssal.kvcache.sequence import SequenceCache
 from abyssal.model.batch import Batch
 from abyssal.model.block import Block
-from abyssal.model.linear import Linear
+from abyssal.model.linear import Linear, PackedModule
 from abyssal.model.mhc import collapse_head, head_parameters
 from abyssal.model.mtp import MTPBlock
 from abyssal.model.norm import RMSNorm
@@ -95,10 +95,30 @@ class Transformer(nn.Module):
         depth = 0 if config.dspark else config.num_nextn_predict_layers
         self.mtp = nn.ModuleList(MTPBlock(config, self.numerics) for _ in range(depth))
 
+    def pack(self) -> Transformer:
+        """Put all weights without gradients into the order of the native kernels, where these run; no bit changes."""
+        for module in self.modules():
+            if isinstance(module, PackedModule):
+                module.pack()
+        return self
+
+    @property
+    def size(self) -> int:
+        """Values that the weights hold, packed or not."""
+        packed = (w for module in self.modules() if isinstance(module, PackedModule) for w in module.packed.values())
+        return sum(p.numel() for p in self.parameters()) + sum(weight.shape.numel() for weight in packed)
+
+    def unpack(self) -> Transformer:
+        """Turn packed weights into parameters again."""
+        for module in self.modules():
+            if isinstance(module, PackedModule):
+                module.unpack()
+        return self
+
     def new_memory(self, *, pages: int | None = None, slots: int | None = None) -> Memory:
         """Memory for sequences of this model; without limits it grows."""
         return Memory(
-            self.config, self.numerics, dtype=self.dtype, device=self.head.weight.device, pages=pages, slots=slots
+            self.config, self.numerics, dtype=self.dtype, device=self.norm.weight.device, pages=pages, slots=slots
         )
 
     def new_cache(self) -> SequenceCache:
@@ -171,12 +191,12 @@ class Transformer(nn.Module):
 
     def leave(self, streams_TND: Tensor) -> Tensor:
         """Collapse the streams and apply the final norm, [T, D]."""
-        z_TD = collapse_head(streams_TND, self.hc_head_fn, self.hc_head_base, self.hc_head_scale, self.config)
-        return self.norm(z_TD)
+        head = self.hc_head_fn, self.hc_head_base, self.hc_head_scale
+        return collapse_head(streams_TND, *head, self.norm.weight, self.config)
 
     def logits(self, z_TD: Tensor) -> Tensor:
         """The head, in float32 (float64 for float64): z [..., D] -> [..., V]."""
-        return linear(wide(z_TD), self.head.weight, self.head.scale)
+        return linear(wide(z_TD), self.head.matrix, self.head.scale)
 
     def draft(
         self, streams_TND: Tensor, next_ids_T: Tensor, batch: Batch, depth: int = 0

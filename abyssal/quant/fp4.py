@@ -45,7 +45,7 @@ def unpack_values(packed: Tensor, dtype: torch.dtype) -> Tensor:
     """Bytes [..., I/2] as unscaled values [..., I]."""
     raw = packed if packed.dtype == torch.uint8 else packed.view(torch.uint8)  # signed bytes would shift wrongly
     table = _pairs(wide_dtype(dtype)).to(raw.device)
-    return table.index_select(0, raw.reshape(-1).int()).to(dtype).view(*raw.shape[:-1], -1)
+    return table.index_select(0, raw.reshape(-1).int()).to(dtype).view(*raw.shape[:-1], 2 * raw.shape[-1])
 
 
 def _scaled_groups(x: Tensor, group: int) -> tuple[Tensor, Tensor]:

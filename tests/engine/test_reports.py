@@ -69,7 +69,18 @@ def test_chosen_blocks_are_what_the_indexer_chose(monkeypatch: pytest.MonkeyPatc
             seen.append((span.start + span.length, id(span.cache), picked))
         return found
 
+    real_blocks = Indexer.blocks
+
+    def blocks(self: Indexer, fast, latent, x, turn, batch, memory):  # type: ignore[no-untyped-def]
+        chosen = real_blocks(self, fast, latent, x, turn, batch, memory)
+        for span in batch.spans:
+            stop = span.start + span.length
+            last = range(stop // 4) if chosen is None else chosen[span.first + span.length - 1].tolist()
+            seen.append((stop, id(span.cache), set(last) - {-1}))
+        return chosen
+
     monkeypatch.setattr(Indexer, "rows", rows)
+    monkeypatch.setattr(Indexer, "blocks", blocks)
     other = engine.add(Request(prompt=tuple(random_ids(model.config, 90, 5)), max_tokens=40))
     prompt = tuple(random_ids(model.config, 37))
     number, events = engine.stream(Request(prompt=prompt, max_tokens=12, trace=True))

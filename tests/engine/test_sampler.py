@@ -82,3 +82,75 @@ def test_a_mask_is_obeyed() -> None:
     allowed = np.array([False, False, True, False])
     for sampling in (Sampling(temperature=0), Sampling(seed=1), Sampling(seed=1, top_k=1)):
         assert Sampler(sampling).draw(np.array([9.0, 8.0, -5.0, 7.0]), 0, allowed_V=allowed) == 2
+
+
+def plainly_truncated(logits: np.ndarray, top_k: int, top_p: float, min_p: float) -> np.ndarray:
+    """The definition, by sorting everything."""
+    if 0 < top_k < len(logits):
+        logits = np.where(logits >= np.sort(logits)[-top_k], logits, -np.inf)
+    if top_p < 1:
+        order = np.argsort(-logits, kind="stable")
+        weights = np.exp(logits[order] - logits[order[0]])
+        shares = weights / weights.sum()
+        kept = np.cumsum(shares) - shares < top_p
+        kept[0] = True
+        cut = np.full_like(logits, -np.inf)
+        cut[order[kept]] = logits[order[kept]]
+        logits = cut
+    if min_p > 0:
+        logits = np.where(logits >= logits.max() + np.log(min_p), logits, -np.inf)
+    return logits
+
+
+OPTIONS = [{}, {"top_k": 1}, {"top_k": 40}, {"top_p": 0.9}, {"top_p": 1e-9}, {"top_p": 0.9999999}, {"min_p": 0.05}]
+
+
+@pytest.mark.parametrize("size", [1, 2, 600, 4096, 4097, 30000])
+@pytest.mark.parametrize("kind", ["broad", "peaked", "tied", "masked"])
+@pytest.mark.parametrize("options", [*OPTIONS, {"top_k": 5000, "top_p": 0.95, "min_p": 1e-4}])
+def test_tokens_are_those_of_the_definition(size: int, kind: str, options: dict[str, float]) -> None:
+    rng = np.random.default_rng(size)
+    logits = rng.normal(size=size) * {"broad": 1, "peaked": 8}.get(kind, 3)
+    if kind == "tied":
+        logits = np.round(logits)
+    if kind == "masked":
+        logits[rng.random(size) < 0.9] = -np.inf
+        logits[0] = 0
+    sampling = Sampling(temperature=0.8, seed=size, **options)  # type: ignore[arg-type]
+    sampler = Sampler(sampling)
+    want = plainly_truncated(logits / 0.8, sampling.top_k, sampling.top_p, sampling.min_p)
+    assert np.array_equal(truncated(logits / 0.8, sampling.top_k, sampling.top_p, sampling.min_p), want)
+    for place in range(20):
+        assert sampler.draw(logits, place) == (want + sampler.noise(place, size)).argmax()
+
+
+@pytest.mark.parametrize("options", [{}, {"top_p": 0.5}, {"top_k": 100}])
+def test_near_ties_are_decided_as_by_definition(options: dict[str, float]) -> None:
+    """All tokens score the same but for the last digits of float64."""
+    for place in range(50):
+        sampler = Sampler(Sampling(seed=place, **options))  # type: ignore[arg-type]
+        logits = -sampler.noise(place, 5000)
+        want = truncated(logits, sampler.sampling.top_k, sampler.sampling.top_p, 0)
+        assert sampler.draw(logits, place) == (want + sampler.noise(place, 5000)).argmax()
+
+
+def test_the_border_of_top_p_is_where_the_definition_puts_it() -> None:
+    """Uniform probabilities whose sums meet the border up to rounding."""
+    for size in (5000, 8192, 30000):
+        for parts in (2, 4, 10):
+            logits = np.zeros(size)
+            want = plainly_truncated(logits, 0, 1 / parts, 0)
+            assert np.array_equal(truncated(logits, 0, 1 / parts, 0), want)
+
+
+def test_a_zero_of_the_generator_moves_the_noise(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Zero:
+        def random(self, size: int) -> np.ndarray:
+            return np.append(np.full(size - 1, 0.5), 0.0)
+
+        def gumbel(self, size: int) -> np.ndarray:
+            return np.arange(size, dtype=np.float64)
+
+    monkeypatch.setattr(Sampler, "_generator", lambda self, place: Zero())
+    assert Sampler(Sampling(seed=1)).draw(np.zeros(5), 0) == 4
+    assert Sampler(Sampling(seed=1, min_p=0.5)).draw(np.array([0.0, 0.0, -9.0, 0.0, 0.0]), 0) == 4

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from abyssal.arch.presets import preset
 from abyssal.kernels.attention import Attention, attend_reference
 from abyssal.kernels.index_topk import TILE, choose, choose_reference, index_scores
-from abyssal.kernels.linear import BAND_ELEMENTS, dequantise, linear
+from abyssal.kernels.linear import BAND_ELEMENTS, dequantise, linear, linear_reference
 from abyssal.kernels.pool import pool
 from abyssal.kernels.rms_norm import rms_norm
 from abyssal.kernels.rotary import rotate_tail, rotations
@@ -223,6 +223,7 @@ def test_a_tile_that_is_hidden_changes_no_bit() -> None:
     assert torch.equal(state.result(), before)
 
 
+@pytest.mark.parametrize("multiply", [linear, linear_reference])
 @pytest.mark.parametrize("threads", [1, 2, 3, 4])
 @settings(deadline=None, max_examples=60)
 @given(
@@ -230,17 +231,23 @@ def test_a_tile_that_is_hidden_changes_no_bit() -> None:
     st.sampled_from([torch.float32, torch.float64]), st.integers(0, 2**31),
 )  # fmt: skip
 def test_a_row_does_not_depend_on_its_neighbours(
-    threads: int, rows: int, inner: int, outer: int, dtype: torch.dtype, seed: int
+    multiply: Callable[..., torch.Tensor],
+    threads: int,
+    rows: int,
+    inner: int,
+    outer: int,
+    dtype: torch.dtype,
+    seed: int,
 ) -> None:
     torch.manual_seed(seed)
     x, weight = torch.randn(rows, inner, dtype=dtype), torch.randn(outer, inner, dtype=dtype)
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        many = linear(x, weight)
+        many = multiply(x, weight)
         for i in {0, rows // 2, rows - 1}:
-            assert torch.equal(linear(x[i : i + 1], weight)[0], many[i])
-        assert torch.equal(linear(x.flip(0), weight).flip(0), many)
+            assert torch.equal(multiply(x[i : i + 1], weight)[0], many[i])
+        assert torch.equal(multiply(x.flip(0), weight).flip(0), many)
     finally:
         torch.set_num_threads(before)
 
@@ -249,7 +256,7 @@ def test_one_unit_at_a_time_where_the_library_mixes_rows(monkeypatch: pytest.Mon
     x, weight = torch.randn(100, 40), torch.randn(30, 40)
     want = torch.cat([torch.nn.functional.linear(p, weight) for p in torch.cat([x, torch.zeros(12, 40)]).split(16)])
     monkeypatch.setattr("abyssal.kernels.linear._unit", lambda *_: (16, False))
-    assert torch.equal(linear(x, weight), want[:100])
+    assert torch.equal(linear_reference(x, weight), want[:100])
 
 
 @pytest.mark.parametrize("function", [sigmoid, sqrt_softplus])
@@ -305,9 +312,10 @@ def test_swiglu_clamps_the_gate_from_above_and_up_on_both_sides() -> None:
 
 @pytest.mark.parametrize("quantise", [quantise_fp8, quantise_fp4])
 @pytest.mark.parametrize("rows", [1, 130, BAND_ELEMENTS // 4096 + 200])
-def test_banded_products_equal_whole_ones(quantise: object, rows: int) -> None:
+@pytest.mark.parametrize("multiply", [linear, linear_reference])
+def test_banded_products_equal_whole_ones(quantise: object, rows: int, multiply: Callable[..., torch.Tensor]) -> None:
     assert callable(quantise)
     weight, scale = quantise(torch.randn(rows, 4096 if rows > 200 else 160))
     x = torch.randn(2, 4096 if rows > 200 else 160)
     want = x @ dequantise(weight, scale, torch.float32).T
-    torch.testing.assert_close(linear(x, weight, scale), want, rtol=1e-4, atol=1e-3)
+    torch.testing.assert_close(multiply(x, weight, scale), want, rtol=1e-4, atol=1e-3)
