@@ -118,10 +118,10 @@ def test_serve_answers_and_ends_when_asked(tmp_path: Path) -> None:
         assert process.stdout is not None and process.stderr is not None
         line = process.stdout.readline().decode()
         assert line.startswith("listening on http://127.0.0.1:")
-        client = openai.OpenAI(base_url=line.split()[-1] + "/v1", api_key="none")
-        answer = client.chat.completions.create(
-            model="nano", messages=[{"role": "user", "content": "hello"}], max_tokens=5
-        )
+        with openai.OpenAI(base_url=line.split()[-1] + "/v1", api_key="none") as client:
+            answer = client.chat.completions.create(
+                model="nano", messages=[{"role": "user", "content": "hello"}], max_tokens=5
+            )
         assert answer.usage is not None and answer.usage.completion_tokens <= 5
         port = line.strip().rsplit(":", 1)[1]
         assert "choose another port" in abyssal("serve", "--port", port, code=2).stderr

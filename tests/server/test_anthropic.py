@@ -43,19 +43,8 @@ def url(scripted: Scripted) -> Iterator[str]:
         yield address
 
 
-OPEN: list[anthropic.Anthropic] = []
-
-
-@pytest.fixture(autouse=True)
-def _closed() -> Iterator[None]:
-    yield
-    while OPEN:
-        OPEN.pop().close()
-
-
 def client(url: str, key: str | None = "none", token: str | None = None) -> anthropic.Anthropic:
-    OPEN.append(anthropic.Anthropic(base_url=url, api_key=key, auth_token=token, max_retries=0))
-    return OPEN[-1]
+    return anthropic.Anthropic(base_url=url, api_key=key, auth_token=token, max_retries=0)
 
 
 def ask(url: str, messages: Any = QUESTION, **fields: Any) -> Message:

@@ -48,8 +48,9 @@ def url(model: Transformer, tokenizer: Tokenizer) -> Iterator[str]:
 
 
 @pytest.fixture(scope="module")
-def api(url: str) -> openai.OpenAI:
-    return openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
+def api(url: str) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as made:
+        yield made
 
 
 def post(url: str, body: Any) -> tuple[int, Any]:

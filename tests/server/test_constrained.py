@@ -69,8 +69,8 @@ def api() -> Iterator[openai.OpenAI]:
         token_bytes=tokenizer.token_bytes,
     )
     completer = LocalCompleter(engine, tokenizer, "nano")
-    with serving(completer) as url:
-        yield openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
+    with serving(completer) as url, openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as made:
+        yield made
     completer.close()
 
 

@@ -30,19 +30,10 @@ WEATHER: Any = {
 }  # fmt: skip
 NO_THINKING: Any = {"effort": "none"}
 EVENT: TypeAdapter[Any] = TypeAdapter(ResponseStreamEvent)
-OPEN: list[openai.OpenAI] = []
-
-
-@pytest.fixture(autouse=True)
-def _closed() -> Iterator[None]:
-    yield
-    while OPEN:
-        OPEN.pop().close()
 
 
 def client(url: str, key: str = "none") -> openai.OpenAI:
-    OPEN.append(openai.OpenAI(base_url=f"{url}/v1", api_key=key, max_retries=0))
-    return OPEN[-1]
+    return openai.OpenAI(base_url=f"{url}/v1", api_key=key, max_retries=0)
 
 
 @pytest.fixture(scope="module")
