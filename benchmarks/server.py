@@ -8,11 +8,13 @@ forbidden), and nothing is reused between runs. Sides, in turns in one process:
 - engine: its steps in a plain loop, events counted. This is the limit.
 - completer: the same through `LocalCompleter`, events read by as many coroutines as there are streams.
 - http: Chat Completions as streams over real connections. The client is another process, so it costs the server
-  nothing but the core that it needs; the model has one thread, which leaves it one on two cores.
+  nothing but the core that it needs; the model has one thread (OMP_NUM_THREADS), which leaves it one on two cores.
 - http, no traces: the same with `--traces 0`, since traces ask the engine for more than tokens.
+- sockets: as many pieces of the same size, written to bare connections by asyncio at the engine's pace, with no
+  model, no HTTP and no JSON. What it takes is the least that any server in Python takes which sends each token.
 
 Wall time is from the first request to the last byte, as the client sees it; CPU time is of this process, which holds
-the engine and the server. Medians over the turns; overheads are ratios of medians to the engine's.
+the engine and the server. Medians over the turns; overheads are differences of medians to the engine's.
 
 The parser is measured in pieces of four characters, as tokens bring them, on prose and on tool calls. Its limits in
 the same run: a loop that only looks for "<" in each piece, and `json.loads` of the same text as one JSON string.
@@ -26,6 +28,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import os
 import platform
 import socket
 import statistics
@@ -38,6 +41,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch and the kernels are imported
 
 import torch
 
@@ -60,6 +65,7 @@ from abyssal.server.run import _Uvicorn
 from abyssal.server.settings import Settings
 
 BUDGET = 1 << 28
+PIECE = 250  # bytes of a chunk with one token
 SENTENCE = "And it came to pass in those days, that there went out a decree. "
 
 
@@ -132,7 +138,7 @@ class Bench:
         port = listening.getsockname()[1]
         thread = threading.Thread(target=uvicorn.run, args=([listening],))
         thread.start()
-        command = [sys.executable, __file__, "--client", str(port)]
+        command = [sys.executable, str(Path(__file__)), "--client", str(port)]
         with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as client:
             assert client.stdin is not None and client.stdout is not None
 
@@ -155,7 +161,47 @@ class Bench:
         })  # fmt: skip
 
 
-# the client's process
+def sockets_cpu_s(streams: int, tokens: int, pace_s: float) -> float:
+    """CPU seconds of writing a piece to each of some connections, every so many seconds."""
+
+    async def serve() -> float:
+        taken: asyncio.Queue[asyncio.StreamWriter] = asyncio.Queue()
+        server = await asyncio.start_server(lambda _, writer: taken.put_nowait(writer), "127.0.0.1", 0)
+        port = server.sockets[0].getsockname()[1]
+        command = [sys.executable, __file__, "--read", str(port), "--streams", str(streams)]
+        reader = await asyncio.create_subprocess_exec(*command)
+        writers = [await taken.get() for _ in range(streams)]
+        cpu = time.process_time()
+        for _ in range(tokens):
+            await asyncio.sleep(pace_s)
+            for writer in writers:
+                writer.write(b"x" * PIECE)
+        cpu = time.process_time() - cpu
+        for writer in writers:
+            writer.close()
+        await reader.wait()
+        server.close()
+        return cpu
+
+    return asyncio.run(serve())
+
+
+# the clients' processes
+
+
+def read(port: int, streams: int) -> None:
+    """Read whatever comes on some connections."""
+
+    async def one() -> None:
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        while await reader.read(1 << 16):
+            pass
+        writer.close()
+
+    async def all_of_them() -> None:
+        await asyncio.gather(*(one() for _ in range(streams)))
+
+    asyncio.run(all_of_them())
 
 
 async def ask(port: int, body: str) -> bytes:
@@ -252,11 +298,13 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--repeat", type=int, default=7)
     parser.add_argument("--client", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--read", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "server.json")
     args = parser.parse_args()
     if args.client is not None:
         return client(args.client)
-    torch.set_num_threads(1)
+    if args.read is not None:
+        return read(args.read, args.streams[0])
     bench = Bench(load_model(bundled_folder()).requires_grad_(False), Tokenizer(bundled_folder()))
     rows: list[dict[str, Any]] = []
     with bench.http(Settings()) as http, bench.http(Settings(traces=0)) as bare:
@@ -267,11 +315,14 @@ def main() -> None:
             side(2, 4)
         for streams, tokens in [*((streams, args.tokens) for streams in args.streams), (1, 1)]:
             runs: dict[str, list[Took]] = {name: [] for name in sides}
+            bare_s: list[float] = []
             # single tokens take little time each, so that more of them are needed for a steady median
             for _ in range(args.repeat if tokens > 1 else 8 * args.repeat):
                 for name, side in sides.items():
                     runs[name].append(side(streams, tokens))
-            rows.append(row_of(streams, tokens, runs))
+                if tokens > 1:
+                    bare_s.append(sockets_cpu_s(streams, tokens, runs["engine"][-1].wall_s / tokens))
+            rows.append(row_of(streams, tokens, runs, bare_s))
             show(rows[-1])
     bench.completer.close()
     parsed = parser_rates(args.repeat)
@@ -286,7 +337,7 @@ def main() -> None:
         "machine": {"cpu": machine.cpu, "cores": machine.cores, "memory": machine.memory_total},
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "torch_threads": 1,
+        "threads": torch.get_num_threads(),
         "rows": rows,
         "parser": parsed,
     }
@@ -295,7 +346,7 @@ def main() -> None:
     return None
 
 
-def row_of(streams: int, tokens: int, runs: dict[str, list[Took]]) -> dict[str, Any]:
+def row_of(streams: int, tokens: int, runs: dict[str, list[Took]], bare_s: list[float]) -> dict[str, Any]:
     """Medians of each side, and what it takes beyond the engine."""
     expected = runs["engine"][0].answers
     row: dict[str, Any] = {"streams": streams, "tokens": tokens}
@@ -312,6 +363,8 @@ def row_of(streams: int, tokens: int, runs: dict[str, list[Took]]) -> dict[str, 
             more = row[name][f"{kind}_s"] - row["engine"][f"{kind}_s"]
             row[name][f"{kind}_overhead"] = more / row["engine"][f"{kind}_s"]
             row[name][f"{kind}_us_per_token"] = 1e6 * more / (streams * tokens)
+    if bare_s:
+        row["sockets_cpu_us_per_token"] = 1e6 * statistics.median(bare_s) / (streams * tokens)
     return row
 
 
@@ -327,6 +380,9 @@ def show(row: dict[str, Any]) -> None:
             f"  {side['tokens_per_s']:7.1f} tokens/s{'' if side['equal_answers'] else '  OTHER ANSWERS'}",
             flush=True,
         )
+    if "sockets_cpu_us_per_token" in row:
+        share = row["sockets_cpu_us_per_token"] * row["streams"] * row["tokens"] / 1e6 / row["engine"]["cpu_s"]
+        print(f"  sockets {row['sockets_cpu_us_per_token']:.0f} us CPU a token, {share:.1%} of the engine's")
 
 
 if __name__ == "__main__":
