@@ -65,6 +65,8 @@ inline void few_groups(const Weight& w, std::int64_t strip, std::int64_t group, 
   for (int g = 0; g < G; ++g)
     for (int r = 0; r < R; ++r) sums[g][r] = zeros();
   const std::uint8_t* block = block_of<F>(w, strip, group);
+  if constexpr (F::format == Format::float4)
+    for (int g = 0; g < G; g += 4) __builtin_prefetch(w.scales + (strip * w.groups() + group + g) * lanes + 1024);
   for (int chunk = 0; chunk < group_inputs / F::inputs; ++chunk) {
     typename F::Raw raw[G];
 #pragma GCC unroll 8
