@@ -23,7 +23,6 @@ from abyssal.engine.request import Event, Request
 from abyssal.engine.sampler import Sampling
 
 LONG = 1 << 16  # characters of a prompt whose encoding would hold up the loop
-HAND_OVER_S = 0.002  # most that the engine waits for the loop to pass tokens on
 BANNED = -100.0  # bias of a token that must not come
 
 
@@ -101,7 +100,6 @@ class LocalCompleter:
         self._end = tokenizer.special(EOS)
         self._commands: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._waiting: dict[int, _Waiting] = {}
-        self._told = threading.Semaphore(0)
         self._thread = threading.Thread(target=self._work, name="engine", daemon=True)
         self._thread.start()
 
@@ -261,11 +259,6 @@ class LocalCompleter:
                         return
                     command()
                 self._tell(self.engine.step())
-                # two threads that both run Python take turns at every product and every write, which costs both of
-                # them more than waiting: let the loop pass the tokens on first, unless it is busy with something long
-                if self._told.acquire(timeout=HAND_OVER_S):
-                    while self._told.acquire(blocking=False):
-                        pass
         except BaseException as error:
             for waiting in self._waiting.values():
                 self._call(waiting.loop, waiting.put, RunError(f"the engine failed ({error}): see the log"))
@@ -279,16 +272,15 @@ class LocalCompleter:
             if waiting is not None:
                 found.setdefault(waiting.loop, []).append((waiting, event))
         for loop, those in found.items():
-            self._call(loop, self._put, those)
-
-    def _put(self, events: Sequence[tuple[_Waiting, Event]]) -> None:
-        for waiting, event in events:
-            waiting.put(event)
-        # behind the tasks that these have woken
-        events[0][0].loop.call_soon(self._told.release)
+            self._call(loop, _put, those)
 
     @staticmethod
     def _call(loop: asyncio.AbstractEventLoop, what: Callable[[Any], None], value: object) -> None:
         # a loop that is closed has nobody left who waits; its requests are removed when their iterators are
         with contextlib.suppress(RuntimeError):
             loop.call_soon_threadsafe(what, value)
+
+
+def _put(events: Sequence[tuple[_Waiting, Event]]) -> None:
+    for waiting, event in events:
+        waiting.put(event)
