@@ -1,6 +1,6 @@
 """What the server adds to the engine: time and work for each token and each request; and how fast answers are parsed.
 
-    python benchmarks/server.py [--streams 1 4 16] [--tokens 64] [--repeat 7] [--out benchmarks/results/server.json]
+    python benchmarks/server.py [--streams 1 4 16] [--tokens 256] [--repeat 7] [--out benchmarks/results/server.json]
 
 The bundled model answers the same prompts greedily, each with the same number of tokens (the end token is
 forbidden), and nothing is reused between runs. Sides, in turns in one process:
@@ -61,7 +61,7 @@ from abyssal.encoding.tokenizer import Tokenizer
 from abyssal.engine.engine import Engine
 from abyssal.model import Transformer
 from abyssal.server.app import Server
-from abyssal.server.run import _Uvicorn
+from abyssal.server.run import _Uvicorn, keep_what_is_loaded
 from abyssal.server.settings import Settings
 
 BUDGET = 1 << 28
@@ -295,7 +295,7 @@ def main() -> None:
     """Alternate the sides, print tables, store JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--streams", type=int, nargs="+", default=[1, 4, 16])
-    parser.add_argument("--tokens", type=int, default=64)
+    parser.add_argument("--tokens", type=int, default=256)
     parser.add_argument("--repeat", type=int, default=7)
     parser.add_argument("--client", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--read", type=int, help=argparse.SUPPRESS)
@@ -306,6 +306,7 @@ def main() -> None:
     if args.read is not None:
         return read(args.read, args.streams[0])
     bench = Bench(load_model(bundled_folder()).requires_grad_(False), Tokenizer(bundled_folder()))
+    keep_what_is_loaded()
     rows: list[dict[str, Any]] = []
     with bench.http(Settings()) as http, bench.http(Settings(traces=0)) as bare:
         sides: dict[str, Callable[[int, int], Took]] = {

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import codecs
-import contextlib
 import queue
 import threading
 from collections import deque
@@ -228,7 +227,8 @@ class LocalCompleter:
                 result = ContextError(str(error))
             except Exception as error:  # whatever is wrong with one request must not end the others
                 result = error
-            self._call(waiting.loop, answer, result)
+            if not self._call(waiting.loop, answer, result) and isinstance(result, int):
+                self._remove(result)
 
         def answer(result: int | Exception) -> None:
             if not done.cancelled():
@@ -272,13 +272,18 @@ class LocalCompleter:
             if waiting is not None:
                 found.setdefault(waiting.loop, []).append((waiting, event))
         for loop, those in found.items():
-            self._call(loop, _put, those)
+            if not self._call(loop, _put, those):
+                for _, event in those:
+                    self._remove(event.request)
 
     @staticmethod
-    def _call(loop: asyncio.AbstractEventLoop, what: Callable[[Any], None], value: object) -> None:
-        # a loop that is closed has nobody left who waits; its requests are removed when their iterators are
-        with contextlib.suppress(RuntimeError):
+    def _call(loop: asyncio.AbstractEventLoop, what: Callable[[Any], None], value: object) -> bool:
+        """Call in the loop's thread; False if the loop is closed, so that nobody waits in it any more."""
+        try:
             loop.call_soon_threadsafe(what, value)
+        except RuntimeError:
+            return False
+        return True
 
 
 def _put(events: Sequence[tuple[_Waiting, Event]]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import signal
 import socket
@@ -57,6 +58,12 @@ class _Uvicorn(uvicorn.Server):
         await super().shutdown(sockets)
 
 
+def keep_what_is_loaded() -> None:
+    """Spare the collector a walk through all modules and the model, which takes longer than many steps together."""
+    gc.collect()
+    gc.freeze()
+
+
 def _tcp(listening: socket.socket) -> socket.socket:
     """The same socket, said to be TCP.
 
@@ -68,4 +75,5 @@ def _tcp(listening: socket.socket) -> socket.socket:
 
 def run(server: Server, sockets: Sequence[socket.socket]) -> None:
     """Serve until SIGINT or SIGTERM; a second one ends at once."""
+    keep_what_is_loaded()
     _Uvicorn(server).run(sockets=list(sockets))

@@ -886,8 +886,12 @@ def local() -> Iterator[LocalCompleter]:
     completer.close()
 
 
-def completion(max_tokens: int) -> Completion:
-    return Completion(prompt=[1, 300, 301], max_tokens=max_tokens, sampling=Sampling(temperature=0))
+def completion(max_tokens: int, token: int = 300) -> Completion:
+    return Completion(prompt=[1, token, 301], max_tokens=max_tokens, sampling=Sampling(temperature=0))
+
+
+async def answer_tokens(local: LocalCompleter, token: int = 300) -> int:
+    return len([part async for part in local.complete(completion(5, token)) if isinstance(part, Continued)])
 
 
 def test_who_leaves_before_the_engine_took_the_request_leaves_nothing(local: LocalCompleter) -> None:
@@ -897,50 +901,38 @@ def test_who_leaves_before_the_engine_took_the_request_leaves_nothing(local: Loc
             await asyncio.sleep(0)  # the engine is asked, and has not answered
             asked.cancel()
             await asyncio.gather(asked, return_exceptions=True)
-        end = time.monotonic() + WAIT_S  # in this loop, which the engine tells that it has the request
-        while local.engine.busy or local.engine.records:
-            assert time.monotonic() < end
-            await asyncio.sleep(0.01)
+        assert await answer_tokens(local) == 5  # all others were asked for before
 
     asyncio.run(leave())
+    eventually(lambda: not local.engine.busy and not local.engine.records)
 
 
 def test_a_request_that_breaks_the_engine_breaks_alone(
     local: LocalCompleter, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async def tokens() -> int:
-        return len([part async for part in local.complete(completion(5)) if isinstance(part, Continued)])
-
-    async def three() -> list[Any]:
-        return await asyncio.gather(tokens(), tokens(), tokens(), return_exceptions=True)
-
     added = local.engine.add
-    calls = itertools.count()
 
     def add(request: Any) -> int:
-        if next(calls) == 1:
+        if 999 in request.prompt:
             raise ZeroDivisionError
         return added(request)
+
+    async def three() -> list[Any]:
+        asked = (answer_tokens(local, token) for token in (300, 999, 302))
+        return await asyncio.gather(*asked, return_exceptions=True)
 
     monkeypatch.setattr(local.engine, "add", add)
     first, second, third = asyncio.run(three())
     assert first == third == 5 and isinstance(second, ZeroDivisionError)
 
 
-def test_an_event_loop_that_closed_ends_its_requests_alone(local: LocalCompleter) -> None:
-    kept = local.complete(completion(300))
-
-    async def begin() -> None:
-        await anext(kept)
-
+def test_requests_of_an_event_loop_that_closed_end(local: LocalCompleter) -> None:
+    left = local.complete(completion(100_000))
     loop = asyncio.new_event_loop()
-    loop.run_until_complete(begin())
-    loop.close()  # without closing the iterator, as asyncio.run would
-
-    async def others() -> int:
-        return len([part async for part in local.complete(completion(5)) if isinstance(part, Continued)])
-
-    assert asyncio.run(others()) == 5
+    loop.run_until_complete(anext(left))  # type: ignore[arg-type]
+    loop.close()  # without closing the iterator, which asyncio.run would do
+    eventually(lambda: not local.engine.busy)
+    assert asyncio.run(answer_tokens(local)) == 5
 
 
 def test_a_long_prompt_holds_nobody_up(local: LocalCompleter, monkeypatch: pytest.MonkeyPatch) -> None:
