@@ -10,15 +10,15 @@ from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import ConfigDict, Field
 
 from abyssal.base.errors import AbyssalError
-from abyssal.chat.api import Accepted, Completion, Continued, PromptUse, Sampling, TokenInfo, Usage
+from abyssal.chat.api import Accepted, Completion, Continued, PromptUse, TokenInfo, Usage
 from abyssal.encoding.literals import BOS, EOS
 from abyssal.encoding.tokenizer import Piece
 from abyssal.server import sse
 from abyssal.server.errors import ApiError, api_error
-from abyssal.server.fields import checked, given, stops_of
+from abyssal.server.fields import SampledBody, checked, stops_of
 from abyssal.server.metrics import Meter
 from abyssal.server.names import Named, resolve
 from abyssal.server.openai import FINISH, StreamOptions, usage_of
@@ -30,7 +30,7 @@ MAX_TOKENS = 16  # OpenAI's default
 PROMPTS = 128
 
 
-class CompletionBody(BaseModel):
+class CompletionBody(SampledBody):
     """The fields of a request that we know; others are ignored."""
 
     model_config = ConfigDict(extra="ignore")
@@ -39,15 +39,6 @@ class CompletionBody(BaseModel):
     prompt: str | list[str] | list[int] | list[list[int]]
     suffix: str | None = None
     max_tokens: int | None = Field(default=None, ge=0)
-    temperature: float | None = Field(default=None, ge=0, le=100)
-    top_p: float | None = Field(default=None, gt=0, le=1)
-    top_k: int | None = Field(default=None, ge=0)
-    min_p: float | None = Field(default=None, ge=0, le=1)
-    presence_penalty: float | None = Field(default=None, ge=-2, le=2)
-    frequency_penalty: float | None = Field(default=None, ge=-2, le=2)
-    repetition_penalty: float | None = Field(default=None, gt=0, le=10)
-    logit_bias: dict[int, float] | None = None
-    seed: int | None = None
     stop: str | list[str] | None = None
     n: int | None = Field(default=None, ge=1, le=128)
     echo: bool | None = None
@@ -111,13 +102,11 @@ def asked(data: Any, service: Service) -> Asked:
     body = checked(CompletionBody, data)
     named = resolve(body.model, service.completer.model, legacy=service.settings.legacy_names)
     stop = stops_of(body.stop, "stop")
-    sampling = Sampling(**given(body, "temperature", "top_p", "top_k", "min_p", "presence_penalty",
-                                "frequency_penalty", "repetition_penalty", "logit_bias", "seed"))  # fmt: skip
     completions = tuple(
         Completion(
             prompt=prompt,
             max_tokens=max(MAX_TOKENS if body.max_tokens is None else body.max_tokens, 1),
-            sampling=sampling,
+            sampling=body.sampling(),
             top_logprobs=body.logprobs,
             n=body.n or 1,
             stop=stop,

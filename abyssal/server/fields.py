@@ -8,6 +8,7 @@ from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, Field, ValidationError
 
+from abyssal.chat.api import Sampling
 from abyssal.encoding.messages import Conversation, Message
 from abyssal.encoding.snapshots import Effort
 from abyssal.server.errors import ApiError
@@ -106,6 +107,24 @@ def stops_of(stop: str | Sequence[str] | None, param: str) -> tuple[str, ...]:
 def given(body: BaseModel, *names: str) -> dict[str, Any]:
     """The fields of these names that are not null."""
     return {name: value for name in names if (value := getattr(body, name)) is not None}
+
+
+class SampledBody(BaseModel):
+    """How tokens are chosen, as OpenAI's older APIs and vLLM name it."""
+
+    temperature: float | None = Field(default=None, ge=0, le=100)
+    top_p: float | None = Field(default=None, gt=0, le=1)
+    top_k: int | None = Field(default=None, ge=0)
+    min_p: float | None = Field(default=None, ge=0, le=1)
+    presence_penalty: float | None = Field(default=None, ge=-2, le=2)
+    frequency_penalty: float | None = Field(default=None, ge=-2, le=2)
+    repetition_penalty: float | None = Field(default=None, gt=0, le=10)
+    logit_bias: dict[int, float] | None = None
+    seed: int | None = None
+
+    def sampling(self) -> Sampling:
+        """The fields that are not null."""
+        return Sampling(**given(self, *SampledBody.model_fields))
 
 
 @dataclass(frozen=True)

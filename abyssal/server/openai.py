@@ -22,7 +22,6 @@ from abyssal.chat.api import (
     PromptUse,
     ReasoningDelta,
     Repaired,
-    Sampling,
     TextDelta,
     TokenInfo,
     TokensRead,
@@ -33,7 +32,7 @@ from abyssal.encoding.messages import Conversation
 from abyssal.server import sse
 from abyssal.server.blocks import pieces
 from abyssal.server.errors import ApiError, api_error
-from abyssal.server.fields import Thinking, checked, effort_of, format_of, given, refuse, stops_of
+from abyssal.server.fields import SampledBody, Thinking, checked, effort_of, format_of, refuse, stops_of
 from abyssal.server.names import Named, resolve
 from abyssal.server.service import Service, Turn
 
@@ -47,7 +46,7 @@ class StreamOptions(BaseModel):
     include_usage: bool | None = False
 
 
-class ChatBody(BaseModel):
+class ChatBody(SampledBody):
     """The fields of a request that we know; others are ignored."""
 
     model_config = ConfigDict(extra="ignore")
@@ -64,15 +63,6 @@ class ChatBody(BaseModel):
     chat_template_kwargs: dict[str, Any] | None = None
     max_tokens: int | None = Field(default=None, ge=1)
     max_completion_tokens: int | None = Field(default=None, ge=1)
-    temperature: float | None = Field(default=None, ge=0, le=100)
-    top_p: float | None = Field(default=None, gt=0, le=1)
-    top_k: int | None = Field(default=None, ge=0)
-    min_p: float | None = Field(default=None, ge=0, le=1)
-    presence_penalty: float | None = Field(default=None, ge=-2, le=2)
-    frequency_penalty: float | None = Field(default=None, ge=-2, le=2)
-    repetition_penalty: float | None = Field(default=None, gt=0, le=10)
-    logit_bias: dict[int, float] | None = None
-    seed: int | None = None
     stop: str | list[str] | None = None
     n: int | None = Field(default=None, ge=1, le=128)
     logprobs: bool | None = None
@@ -159,8 +149,7 @@ def asked(data: Any, service: Service) -> Asked:
         allow_effort_fallback=bool(body.allow_effort_fallback),
         max_reasoning=body.thinking.budget_tokens if body.thinking is not None else None,
         max_tokens=body.max_completion_tokens or body.max_tokens,
-        sampling=Sampling(**given(body, "temperature", "top_p", "top_k", "min_p", "presence_penalty",
-                                  "frequency_penalty", "repetition_penalty", "logit_bias", "seed")),
+        sampling=body.sampling(),
         tool_mode=mode,
         tool_name=name,
         parallel_calls=body.parallel_tool_calls is not False,
@@ -195,6 +184,10 @@ def logprob_of(completer: Completer, info: TokenInfo, count: int) -> dict[str, A
         return {"token": raw.decode(errors="replace"), "logprob": logprob, "bytes": list(raw)}
 
     return {**entry(info.token, info.logprob), "top_logprobs": [entry(t, p) for t, p in info.top[:count]]}
+
+
+def _logprobs(turn: Turn, event: TokensRead) -> list[dict[str, Any]]:
+    return [logprob_of(turn.completer, info, turn.request.top_logprobs or 0) for info in event.tokens]
 
 
 @dataclass
@@ -242,9 +235,7 @@ async def whole(turn: Turn, asked: Asked) -> AsyncIterator[dict[str, Any] | None
             elif isinstance(event, CallMade):
                 choices[event.choice].calls.append(_call(event))
             elif isinstance(event, TokensRead):
-                if (count := turn.request.top_logprobs) is not None:
-                    found = [logprob_of(turn.completer, info, count) for info in event.tokens]
-                    choices[event.choice].logprobs += found
+                choices[event.choice].logprobs += _logprobs(turn, event)
             elif isinstance(event, Finished):
                 if event.reason == "failed":
                     raise ApiError(500, event.error or "generation failed: try again")
@@ -325,9 +316,8 @@ def _deltas(turn: Turn, event: ChatEvent) -> list[tuple[dict[str, Any], str | No
         calls = [{"index": event.index, **begun}]
         calls += [{"index": event.index, "function": {"arguments": piece}} for piece in pieces(event.arguments)]
         return [({"tool_calls": [call]}, None, None) for call in calls]
-    if isinstance(event, TokensRead) and (count := turn.request.top_logprobs) is not None:
-        found = [logprob_of(turn.completer, info, count) for info in event.tokens]
-        return [({}, None, {"content": found, "refusal": None})]
+    if isinstance(event, TokensRead):
+        return [({}, None, {"content": _logprobs(turn, event), "refusal": None})]
     if isinstance(event, Finished):
         return [({}, FINISH.get(event.reason, event.reason), None)]
     return []

@@ -19,7 +19,6 @@ from abyssal.chat.api import (
     Repaired,
     TokenInfo,
     TokensRead,
-    Usage,
 )
 from abyssal.encoding.literals import THINK_END
 
@@ -51,7 +50,6 @@ class Trace:
     request: ChatRequest
     created: float = field(default_factory=time.time)
     prompt: PromptUse = field(default_factory=lambda: PromptUse(0, 0))
-    usage: Usage | None = None
     first_token_s: float | None = None
     seconds: float = 0.0
     answers: dict[int, _Answer] = field(default_factory=dict)
@@ -74,8 +72,6 @@ class Trace:
             self._answer(event.choice).finish = event.reason
         elif isinstance(event, PromptUse):
             self.prompt = event
-        elif isinstance(event, Usage):
-            self.usage = event
 
     def _answer(self, choice: int) -> _Answer:
         found = self.answers.get(choice)
@@ -105,7 +101,7 @@ class Trace:
             return completer.token_bytes(token).decode(errors="replace")
 
         def tokens(answer: _Answer) -> list[dict[str, Any]]:
-            shown, kind = [], "reasoning" if self.request.thinking else "content"
+            shown, kind = [], "reasoning" if self.request.answer_thinks else "content"
             for info in answer.tokens:
                 top = [[token, text(token), logprob] for token, logprob in info.top]
                 shown.append(

@@ -949,8 +949,9 @@ def test_a_client_that_leaves_frees_the_upstream() -> None:
     with running(engine.app()) as upstream, serving(remote(upstream)) as url, client(url) as api:
         ask: dict[str, Any] = {"model": "v4", "messages": [{"role": "user", "content": "hi"}]}
         stream = api.chat.completions.create(**ask, stream=True)
-        for _, _chunk in zip(range(3), stream, strict=False):
-            assert engine.active == 1
+        # the first chunk, a role, may come before the upstream has begun
+        assert any(chunk.choices and chunk.choices[0].delta.content for chunk in stream)
+        assert engine.active == 1
         stream.close()
         wait_for(lambda: engine.active == 0)
 

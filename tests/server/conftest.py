@@ -1,4 +1,4 @@
-"""The vendors' clients keep connections open until they are collected, which pytest takes for a leak."""
+"""A scripted server for each module of tests, and clients that are closed behind each test."""
 
 from __future__ import annotations
 
@@ -9,9 +9,25 @@ import anthropic
 import openai
 import pytest
 
+from tests.server.serving import Scripted, script, serving
+
+
+@pytest.fixture(scope="module")
+def scripted() -> Scripted:
+    """Calls the tool, then says what it returned."""
+    return Scripted(script)
+
+
+@pytest.fixture(scope="module")
+def url(scripted: Scripted) -> Iterator[str]:
+    """A server around it."""
+    with serving(scripted) as address:
+        yield address
+
 
 @pytest.fixture(autouse=True)
 def _clients_are_closed(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """They keep connections open until they are collected, which pytest takes for a leak."""
     made: list[Any] = []
     for kind in (openai.OpenAI, anthropic.Anthropic):
 

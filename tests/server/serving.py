@@ -11,7 +11,7 @@ import uvicorn
 
 from abyssal.base.errors import ContextError
 from abyssal.chat.api import Accepted, Completer, Completion, Continued, Load, PromptUse, TokenInfo
-from abyssal.encoding.literals import EOS
+from abyssal.encoding.literals import DSML, EOS
 from abyssal.encoding.render import prompt_text
 from abyssal.encoding.snapshots import Snapshot
 from abyssal.encoding.tokenizer import Piece
@@ -98,6 +98,21 @@ class Scripted:
                     yield Continued(choice, piece, info, finish)  # type: ignore[arg-type]
         finally:
             self.active -= 1
+
+
+def script(prompt: str) -> str:
+    """Call the tool, then say what it returned; think if asked to."""
+    thought = "I look it up.</think>" if prompt.endswith("<think>") else ""
+    if "<tool_result>" in prompt:
+        return thought + "It is " + prompt.rsplit("<tool_result>", 1)[1].split("</tool_result>")[0] + "."
+    if "get_weather" in prompt:
+        return (
+            f'{thought}Let me see.\n\n<{DSML}tool_calls>\n<{DSML}invoke name="get_weather">\n'
+            f'<{DSML}parameter name="city" string="true">Oslo "N"</{DSML}parameter>\n'
+            f'<{DSML}parameter name="days" string="false">2</{DSML}parameter>\n'
+            f"</{DSML}invoke>\n</{DSML}tool_calls>"
+        )
+    return thought + "Hello, world! STOP here."
 
 
 @contextmanager

@@ -5,7 +5,6 @@ from __future__ import annotations
 import http.client
 import json
 import time
-from collections.abc import Iterator
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -18,8 +17,7 @@ from abyssal.encoding.literals import DSML
 from abyssal.server.anthropic import asked
 from abyssal.server.service import Service
 from abyssal.server.settings import Settings, keys
-from tests.server.serving import Scripted, serving
-from tests.server.test_openai import script
+from tests.server.serving import Scripted, script, serving
 
 WEATHER: Any = {
     "name": "get_weather",
@@ -30,17 +28,6 @@ WEATHER: Any = {
 QUESTION: Any = [{"role": "user", "content": "hi"}]
 OFF: Any = {"type": "disabled"}
 EVENT: TypeAdapter[Any] = TypeAdapter(RawMessageStreamEvent)
-
-
-@pytest.fixture(scope="module")
-def scripted() -> Scripted:
-    return Scripted(script)
-
-
-@pytest.fixture(scope="module")
-def url(scripted: Scripted) -> Iterator[str]:
-    with serving(scripted) as address:
-        yield address
 
 
 def client(url: str, key: str | None = "none", token: str | None = None) -> anthropic.Anthropic:

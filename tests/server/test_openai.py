@@ -24,7 +24,7 @@ from abyssal.encoding.tokenizer import Tokenizer
 from abyssal.engine.engine import Engine
 from abyssal.engine.prefix_cache import PrefixCache
 from abyssal.server.settings import Settings, keys
-from tests.server.serving import Scripted, serving
+from tests.server.serving import Scripted, script, serving
 
 WEATHER = {
     "type": "function",
@@ -34,27 +34,6 @@ WEATHER = {
                        "required": ["city"]},
     },
 }  # fmt: skip
-
-
-def script(prompt: str) -> str:
-    """Call the tool, then say what it returned; think if asked to."""
-    thought = "I look it up.</think>" if prompt.endswith("<think>") else ""
-    if "<tool_result>" in prompt:
-        return thought + "It is " + prompt.rsplit("<tool_result>", 1)[1].split("</tool_result>")[0] + "."
-    if "get_weather" in prompt:
-        return (
-            f'{thought}Let me see.\n\n<{DSML}tool_calls>\n<{DSML}invoke name="get_weather">\n'
-            f'<{DSML}parameter name="city" string="true">Oslo "N"</{DSML}parameter>\n'
-            f'<{DSML}parameter name="days" string="false">2</{DSML}parameter>\n'
-            f"</{DSML}invoke>\n</{DSML}tool_calls>"
-        )
-    return thought + "Hello, world! STOP here."
-
-
-@pytest.fixture(scope="module")
-def url() -> Iterator[str]:
-    with serving(Scripted(script)) as address:
-        yield address
 
 
 def client(url: str, key: str = "none") -> openai.OpenAI:

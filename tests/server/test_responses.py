@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator
 from typing import Any
 
 import openai
@@ -17,8 +16,7 @@ from abyssal.server.errors import ApiError
 from abyssal.server.responses import Memory, Run, asked
 from abyssal.server.service import Service
 from abyssal.server.settings import Settings, keys
-from tests.server.serving import Scripted, serving
-from tests.server.test_openai import script
+from tests.server.serving import Scripted, script, serving
 
 WEATHER: Any = {
     "type": "function",
@@ -34,17 +32,6 @@ EVENT: TypeAdapter[Any] = TypeAdapter(ResponseStreamEvent)
 
 def client(url: str, key: str = "none") -> openai.OpenAI:
     return openai.OpenAI(base_url=f"{url}/v1", api_key=key, max_retries=0)
-
-
-@pytest.fixture(scope="module")
-def scripted() -> Scripted:
-    return Scripted(script)
-
-
-@pytest.fixture(scope="module")
-def url(scripted: Scripted) -> Iterator[str]:
-    with serving(scripted) as address:
-        yield address
 
 
 def ask(url: str, input: Any = "hi", **fields: Any) -> Response:  # noqa: A002

@@ -68,18 +68,7 @@ def constraint_of(
 @lru_cache(maxsize=REMEMBERED)
 def _remembered(asked: str) -> Constraint | None:
     """The constraint of arguments as JSON: each turn of an agent brings the same tools, perhaps hundreds."""
-    return _constraint(*json.loads(asked))
-
-
-def _constraint(
-    tools: Sequence[Mapping[str, Any]],
-    mode: ToolMode,
-    name: str | None,
-    parallel: bool,
-    schema: Mapping[str, Any] | None,
-    schema_strict: bool,
-    thinking: bool,
-) -> Constraint | None:
+    tools, mode, name, parallel, schema, schema_strict, thinking = json.loads(asked)
     after = (THINK_END,) if thinking else ()
     declared = {str(tool["name"]): tool for tool in tools} if mode != "none" else {}
     if mode == "required":
