@@ -96,7 +96,7 @@ def main() -> None:
         text = ",".join(map(str, ids))
         seconds, peak = abyssal("logits", folder, "--ids", text, "--max-memory", args.limit, "--out", out)
         rate = read_rate(files)
-        model = load_model(folder, keep_quantised=True)
+        model = load_model(folder, keep_stored=True)
         with torch.inference_mode():
             whole = model(torch.tensor([ids]))[0].numpy()
         difference = float(np.abs(np.load(out) - whole).max())

@@ -12,7 +12,7 @@ from abyssal.checkpoint.release import Release
 from abyssal.kernels.linear import dequantise
 from abyssal.model.linear import Linear
 from abyssal.model.moe import EXPERT_WEIGHTS, Experts
-from abyssal.model.transformer import Transformer
+from abyssal.model.transformer import Embedding, Transformer
 from abyssal.quant.numerics import Numerics
 from abyssal.quant.precision import wide_dtype
 
@@ -22,15 +22,15 @@ def load_model(
     *,
     dtype: torch.dtype = torch.float32,
     numerics: Numerics | None = None,
-    keep_quantised: bool = False,
+    keep_stored: bool = False,
 ) -> Transformer:
     """A whole model in memory.
 
     Args:
         folder: a release, or one that is open already.
-        dtype: of activations and of every matrix that is not kept quantised.
+        dtype: of activations and of every matrix that is not kept as stored.
         numerics: which roundings are simulated.
-        keep_quantised: leave FP4 and FP8 weights as stored and expand them as they are used.
+        keep_stored: leave FP4, FP8 and bfloat16 matrices as stored and expand them as they are used.
     Returns:
         The model in evaluation mode; parameters do not record gradients.
     Raises:
@@ -39,11 +39,11 @@ def load_model(
     release = folder if isinstance(folder, Release) else Release(folder)
     with torch.device("meta"):
         model = Transformer(release.config, numerics=numerics, dtype=dtype)
-    fill(model, "", release, dtype, keep_quantised)
+    fill(model, "", release, dtype, keep_stored)
     return model.eval()
 
 
-def fill(module: nn.Module, prefix: str, release: Release, dtype: torch.dtype, keep_quantised: bool) -> None:
+def fill(module: nn.Module, prefix: str, release: Release, dtype: torch.dtype, keep_stored: bool) -> None:
     """Replace every parameter and table of `module`, made on the meta device, by the release's.
 
     Matrices take `dtype`; norms, sinks, biases, ape and mHC, which are used in float32, keep at least that.
@@ -55,15 +55,15 @@ def fill(module: nn.Module, prefix: str, release: Release, dtype: torch.dtype, k
         name = f"{prefix}{path}." if path else prefix
         if isinstance(child, Experts):
             if child.w1.device.type == "meta":
-                _fill_experts(child, name, release, dtype, keep_quantised)
+                _fill_experts(child, name, release, dtype, keep_stored)
             continue
         for leaf, parameter in list(child.named_parameters(recurse=False)):
             weight, scale = release.stored(name + leaf)
-            if isinstance(child, Linear) and leaf == "weight":
-                if scale is not None and keep_quantised:
-                    child.scale = scale
-                else:
+            if leaf == "weight" and isinstance(child, (Linear, Embedding)):
+                if not keep_stored or (scale is None and weight.dtype != torch.bfloat16):
                     weight = dequantise(weight, scale, dtype)
+                elif scale is not None:
+                    child.scale = scale
             else:
                 weight = weight.to(dtype if parameter.dim() == 2 and leaf == "weight" else wide_dtype(dtype))
             setattr(child, leaf, nn.Parameter(weight, requires_grad=False))

@@ -173,7 +173,7 @@ class _Stream:
 
     def _block(self, block: Block, prefix: str) -> Block:
         block.ffn.experts = DiskExperts(self.c, self.numerics, self.release, f"{prefix}ffn.experts.")
-        fill(block, prefix, self.release, self.dtype, keep_quantised=True)
+        fill(block, prefix, self.release, self.dtype, keep_stored=True)
         return block.eval()
 
     def _embed(self, ids_T: Tensor) -> Tensor:

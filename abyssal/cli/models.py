@@ -82,7 +82,7 @@ def open_disk_cache() -> DiskCache:
 def open_model(
     name: str, *, cache_bytes: int | None = None, disk: bool = True, policy: str = "periodic", mode: str = "exact"
 ) -> tuple[Tokenizer, Engine]:
-    """A release in memory: as float32 where that fits, else with FP4 and FP8 weights as stored.
+    """A release in memory: with weights as stored where native kernels run or memory is short, else as float32.
 
     Args:
         name: a folder, or the bundled model.
@@ -104,6 +104,7 @@ def open_model(
     from abyssal.engine.engine import Engine
     from abyssal.engine.grammar import GrammarCompiler
     from abyssal.engine.prefix_cache import PrefixCache
+    from abyssal.kernels.choice import native
 
     folder = folder_of(name)
     _, numerics = dtype_and_numerics("float32", mode)
@@ -117,7 +118,9 @@ def open_model(
             f"{name} holds {stored / 2**30:.1f} GiB of weights, {room / 2**30:.1f} GiB of memory are free:"
             " use `abyssal logits --max-memory`, which reads them layer by layer"
         )
-    model = load_model(release, numerics=numerics, keep_quantised=4 * parameters(specs) > room)
+    # native kernels read a stored weight sooner than its values; the bits are the same
+    keep = native() is not None or 4 * parameters(specs) > room
+    model = load_model(release, numerics=numerics, keep_stored=keep)
     cache = open_disk_cache() if disk else None
     engine = Engine(
         model,

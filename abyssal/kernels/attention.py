@@ -17,7 +17,6 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from abyssal.kernels.choice import native
 from abyssal.quant.precision import wide
 
 
@@ -118,18 +117,6 @@ class Blocks:
     chosen: Tensor | None
 
 
-def fast(*tensors: Tensor) -> ModuleType | None:
-    """The native kernels, if they can take these: float32 or packed, on the CPU, nothing that needs a gradient."""
-    module = native()
-    if module is None:
-        return None
-    grad = torch.is_grad_enabled()
-    for x in tensors:
-        if x.dtype not in (torch.float32, torch.uint8) or x.device.type != "cpu" or (grad and x.requires_grad):
-            return None
-    return module
-
-
 def attend(
     module: ModuleType,
     q_THC: Tensor,
@@ -142,7 +129,7 @@ def attend(
     """All of attention between the projections; adds the window entries to the ring.
 
     Args:
-        module: what `fast` returned for the tensors.
+        module: the native kernels.
         q_THC: queries as projected; each head is normalised (without a weight) and turned here.
         turn_TR: complex rotations of the tokens' positions.
         sink_H: raw logits that only enlarge the denominator.

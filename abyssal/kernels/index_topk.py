@@ -190,7 +190,7 @@ def choose_rows(
     """The same by the native kernels, for the queries of several sequences.
 
     Args:
-        module: `attention.fast` of the tensors.
+        module: the native kernels.
         q_TIJ, weights_TI: index queries and head weights, float32; rows behind the last query are not read.
         visible_Q: how many blocks each query may see; who sees k or fewer gets all.
         firsts: [G + 1] queries firsts[g] .. firsts[g + 1] - 1 belong to sequence g.

@@ -36,7 +36,7 @@ def compress(
     """A compressor's step by the native kernels: place bias, pooling, norm, rotary; adds the tokens to the rings.
 
     Args:
-        module: `attention.fast` of the tensors.
+        module: the native kernels.
         values_TW, logits_TW: projected tokens; W is C, or 2 C for blocks that overlap (architecture.md 2.6).
         ape_MW: what is added to the logits at each place of a block of M tokens.
         spans: [G, 6], see `attention.Window`.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from itertools import chain, repeat
-from types import ModuleType
 
 import torch
 import torch.nn.functional as F
@@ -85,10 +84,6 @@ class Attention(nn.Module):
         q_THC = self.wq_b(latent_TQ).unflatten(-1, (H, C))
         eps = self.config.rms_norm_eps
         kv_TC = norm_and_rotate(self.wkv(x_TD), self.kv_norm.weight, eps, turn_T)
-        fast = attention.fast(q_THC, kv_TC, self.attn_sink, memory.window.data)
-        if fast is not None:
-            o_THC = self._natively(fast, q_THC, kv_TC, latent_TQ, x_TD, batch, memory, rope, turn_T)
-            return self.wo_b(self.wo_a(o_THC.unflatten(1, (self.config.o_groups, -1)).flatten(2)))
         q_THC = norm_and_rotate(q_THC, None, eps, turn_T.unsqueeze(1))
         near_KC = self._window(kv_TC, batch, memory)
         far = None
@@ -107,34 +102,6 @@ class Attention(nn.Module):
         o_THC = F.pad(o_AHC[: batch.padded], (0, 0, 0, 0, 0, max(batch.padded - len(o_AHC), 0)))
         o_THC = rotate_tail(o_THC, turn_T.unsqueeze(1), inverse=True)
         return self.wo_b(self.wo_a(o_THC.unflatten(1, (self.config.o_groups, -1)).flatten(2)))
-
-    def _natively(
-        self,
-        fast: ModuleType,
-        q_THC: Tensor,
-        kv_TC: Tensor,
-        latent_TQ: Tensor,
-        x_TD: Tensor,
-        batch: Batch,
-        memory: LayerMemory,
-        rope: Rope,
-        turn_T: Tensor,
-    ) -> Tensor:
-        """From projected queries to what is projected back, by the native kernel."""
-        ring, far = memory.window, None
-        if self.compressor is not None and memory.compressed is not None:
-            entries = self.compressor.advance(fast, x_TD, batch, memory.compressed, rope)
-            if entries is not None:
-                self.compressor.store(entries, batch, memory.compressed)
-            chosen = None
-            if self.indexer is not None and memory.index is not None:
-                self.indexer.remember(x_TD, batch, memory.index, rope, fast)
-                chosen = self.indexer.blocks(fast, latent_TQ, x_TD, turn_T, batch, memory.index)
-            compressed = memory.compressed
-            far = attention.Blocks(self.ratio, compressed.entries, batch.table_GP, compressed.per_page, chosen)
-        W = self.config.sliding_window
-        near = attention.Window(batch.spans_G6, memory.codec.encode(kv_TC), ring.data, ring.size, W)
-        return attention.attend(fast, q_THC, turn_T, self.attn_sink, self.config.rms_norm_eps, near, far)
 
     @staticmethod
     def _window(kv_TC: Tensor, batch: Batch, memory: LayerMemory) -> Tensor:

@@ -160,7 +160,8 @@ class Batch:
         self.unit = max(row_unit(dtype), row_unit(wide_dtype(dtype)))
         # native products need no rows of nobody
         full = native() is not None and dtype == torch.float32 and caches[0].memory.all_layers()[0].window.data.is_cpu
-        self.padded = max(first, 2) if full else -(-first // self.unit) * self.unit
+        few = first if not torch.is_grad_enabled() else max(first, 2)
+        self.padded = few if full else -(-first // self.unit) * self.unit
         # a product over a batch of one takes another path
         self.attending = max(first, 2)
         self._positions = np.zeros(self.padded, np.int64)
@@ -193,6 +194,10 @@ class Batch:
     def visible(self, ratio: int) -> NDArray[np.int64]:
         """[count] blocks that each token sees; it sees the one that it completes (architecture.md 2.8)."""
         return (self._positions[: self.count] + 1) // ratio
+
+    def most_visible(self, ratio: int) -> int:
+        """The most blocks that a token sees."""
+        return int(self.visible(ratio).max())
 
     @cached_property
     def table_GP(self) -> Tensor:

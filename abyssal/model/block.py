@@ -12,6 +12,7 @@ from abyssal.model.mhc import Site, site_parameters
 from abyssal.model.moe import MoE
 from abyssal.model.norm import RMSNorm
 from abyssal.model.rope import Rope
+from abyssal.model.steps import Steps
 from abyssal.quant.numerics import Numerics
 
 
@@ -35,14 +36,20 @@ class Block(nn.Module):
         self.ffn_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.attn = Attention(config, ratio, numerics)
         self.ffn = MoE(config, hashed, numerics)
+        self._steps = Steps(self)
 
     def forward(
         self, streams_TND: Tensor, ids_T: Tensor, batch: Batch, memory: LayerMemory, rope: Rope, turn_T: Tensor
     ) -> Tensor:
         """streams_TND -> streams_TND for the padded rows of a batch; its tokens are added to the memory."""
-        site = Site(self.config, self.hc_attn_fn, self.hc_attn_base, self.hc_attn_scale)
-        x_TD, gates = site.enter(streams_TND, self.attn_norm)
-        streams_TND = site.leave(self.attn(x_TD, batch, memory, rope, turn_T), streams_TND, gates)
-        site = Site(self.config, self.hc_ffn_fn, self.hc_ffn_base, self.hc_ffn_scale)
-        x_TD, gates = site.enter(streams_TND, self.ffn_norm)
-        return site.leave(self.ffn(x_TD, ids_T, batch.count), streams_TND, gates)
+        after_TND = self._steps.attention(streams_TND, batch, memory, rope, turn_T)
+        if after_TND is None:
+            site = Site(self.config, self.hc_attn_fn, self.hc_attn_base, self.hc_attn_scale)
+            x_TD, gates = site.enter(streams_TND, self.attn_norm)
+            after_TND = site.leave(self.attn(x_TD, batch, memory, rope, turn_T), streams_TND, gates)
+        done_TND = self._steps.moe(after_TND, ids_T)
+        if done_TND is None:
+            site = Site(self.config, self.hc_ffn_fn, self.hc_ffn_base, self.hc_ffn_scale)
+            x_TD, gates = site.enter(after_TND, self.ffn_norm)
+            done_TND = site.leave(self.ffn(x_TD, ids_T, batch.count), after_TND, gates)
+        return done_TND

@@ -5,14 +5,12 @@ One class serves CSA (blocks of 4, overlapping), HCA (blocks of 128) and the ind
 
 from __future__ import annotations
 
-from types import ModuleType
-
 import torch
 from torch import Tensor, nn
 
 from abyssal.arch.config import ModelConfig
 from abyssal.arch.schedule import LayerKind
-from abyssal.kernels.pool import compress, pool
+from abyssal.kernels.pool import pool
 from abyssal.kernels.rotary import norm_and_rotate
 from abyssal.kvcache.memory import CompressedMemory
 from abyssal.model.batch import Batch, BlockPlan
@@ -86,25 +84,6 @@ class Compressor(nn.Module):
             torch.cat([values[plan.before][..., :C], values[plan.own][..., C:]], dim=1),
             torch.cat([logits[plan.before][..., :C], logits[plan.own][..., C:]], dim=1),
         )
-
-    def advance(
-        self, fast: ModuleType, x_TD: Tensor, batch: Batch, memory: CompressedMemory, rope: Rope
-    ) -> Tensor | None:
-        """The same by the native kernels; entries that are kept as computed are stored already, and None returned."""
-        exact = memory.codec.mode == "exact"
-        entries_NC = compress(
-            fast,
-            self.wkv(x_TD),
-            self.wgate(x_TD),
-            self.ape,
-            batch.spans_G6,
-            (memory.values.data, memory.logits.data, memory.values.size),
-            self.norm.weight,
-            self.norm.eps,
-            batch.block_turns(self.ratio, rope),
-            (memory.entries, batch.table_GP, memory.per_page) if exact else None,
-        )
-        return None if exact or not len(entries_NC) else entries_NC
 
     def store(self, entries_NC: Tensor, batch: Batch, memory: CompressedMemory) -> None:
         """Write entries that `forward` returned, but for those that are known already."""

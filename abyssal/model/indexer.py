@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from types import ModuleType
-
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from abyssal.arch.config import ModelConfig
-from abyssal.kernels.index_topk import choose, choose_rows
+from abyssal.kernels.index_topk import choose
 from abyssal.kernels.rotary import rotate_tail
 from abyssal.kernels.rounding import fake_fp4, hadamard
 from abyssal.kvcache.memory import CompressedMemory
@@ -25,6 +23,9 @@ class Indexer(nn.Module):
     """Scores compressed blocks with I small heads; the best `index_topk` are read.
 
     Both sides are turned by a Hadamard matrix before they are rounded to FP4, never one side alone.
+
+    Attributes:
+        factor: of the heads' weights.
     """
 
     def __init__(self, config: ModelConfig, ratio: int, numerics: Numerics):
@@ -35,15 +36,11 @@ class Indexer(nn.Module):
         self.wq_b = QuantLinear(config.q_lora_rank, I * J, numerics)
         self.weights_proj = Linear(config.hidden_size, I)
         self.compressor = Compressor(config, ratio, J)
+        self.factor = J**-0.5 * I**-0.5
 
-    def remember(
-        self, x_TD: Tensor, batch: Batch, memory: CompressedMemory, rope: Rope, fast: ModuleType | None = None
-    ) -> None:
+    def remember(self, x_TD: Tensor, batch: Batch, memory: CompressedMemory, rope: Rope) -> None:
         """Add the index keys of the blocks that these tokens complete."""
-        if fast is not None:
-            keys = self.compressor.advance(fast, x_TD, batch, memory, rope)
-        else:
-            keys = self.compressor(x_TD, batch, memory, rope)
+        keys = self.compressor(x_TD, batch, memory, rope)
         if keys is not None:
             self.compressor.store(self._turned(keys), batch, memory)
 
@@ -92,47 +89,6 @@ class Indexer(nn.Module):
                         noted[first + i] = chosen[chosen >= 0].numpy()
         return rows, mask
 
-    def blocks(
-        self,
-        fast: ModuleType,
-        latent_TQ: Tensor,
-        x_TD: Tensor,
-        turn_T: Tensor,
-        batch: Batch,
-        memory: CompressedMemory,
-    ) -> Tensor | None:
-        """Blocks that each token reads by the native kernels, [count, K]; None where each reads all that it sees.
-
-        Args:
-            fast: the native kernels; the others as of `rows`.
-        """
-        k, ratio = self.config.index_topk, memory.ratio
-        visible = batch.visible(ratio)
-        chosen = None
-        if int(visible.max()) > k:
-            with torch.no_grad():
-                q_TIJ, weights_TI = self._queries(latent_TQ, x_TD, turn_T)
-                chosen = choose_rows(
-                    fast,
-                    q_TIJ,
-                    weights_TI,
-                    batch.visible_Q(ratio),
-                    batch.firsts,
-                    batch.table_GP,
-                    memory.entries,
-                    memory.per_page,
-                    k,
-                )
-        if batch.watched is not None:
-            last = [span.first + span.length - 1 for span in batch.spans]
-            batch.watched.append(
-                [
-                    np.arange(visible[row]) if chosen is None else chosen[row][chosen[row] >= 0].numpy()
-                    for row in last
-                ]
-            )
-        return chosen
-
     def _queries(self, latent_TQ: Tensor, x_TD: Tensor, turn_T: Tensor) -> tuple[Tensor, Tensor]:
         """Index queries [T, I, J] and head weights [T, I], in float32 (float64 for float64)."""
         I, J = self.config.index_n_heads, self.config.index_head_dim
@@ -140,7 +96,7 @@ class Indexer(nn.Module):
         q = self._turned(q)
         if self.numerics.index != "exact":
             q = fake_fp4(q)
-        return wide(q), wide(self.weights_proj(x_TD) * (J**-0.5 * I**-0.5))
+        return wide(q), wide(self.weights_proj(x_TD) * self.factor)
 
     def _turned(self, x: Tensor) -> Tensor:
         return x if self.numerics.index == "exact" else hadamard(x)

@@ -25,10 +25,12 @@ class PackedModule(nn.Module):
 
     Attributes:
         packed: what is packed, by name of the parameter.
+        changes: how often any module was packed or unpacked.
         pairs: names of the parameters that may be packed, and of the buffers with their scales.
     """
 
     pairs: tuple[tuple[str, str], ...] = ()
+    changes = 0
 
     def __init__(self) -> None:
         super().__init__()
@@ -54,6 +56,7 @@ class PackedModule(nn.Module):
 
     def _keep(self, packed: dict[str, Packed]) -> None:
         self.packed.update(packed)
+        PackedModule.changes += 1
         for name, scale_name in self.pairs:
             if name in packed:
                 setattr(self, name, None)
@@ -68,6 +71,7 @@ class PackedModule(nn.Module):
                 setattr(self, name, nn.Parameter(weight, requires_grad=False))
                 setattr(self, scale_name, scale)
         self.packed.clear()
+        PackedModule.changes += 1
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         packed = dict(self.packed)
@@ -145,11 +149,21 @@ class GroupedLinear(Linear):
     def _flat(self, tensor: Tensor) -> Tensor:
         return tensor.flatten(0, 1)
 
+    def pack(self) -> None:
+        if self._whole_tiles():
+            super().pack()
+
+    def _whole_tiles(self) -> bool:
+        """Whether no tile of FP8 reaches across groups."""
+        return self.scale is None or self.weight.shape[0] % (self.groups * TILE) == 0
+
+    def by_group(self) -> tuple[Tensor, Tensor | None]:
+        """The weight that is not packed, [G, O/G, I], and its scale."""
+        if not self._whole_tiles():
+            return self._shaped(dequantise(self.weight, self.scale, torch.float32)), None
+        return self._shaped(self.weight), None if self.scale is None else self._shaped(self.scale)
+
     def forward(self, x_TGI: Tensor) -> Tensor:
         """x [T, G, I] -> [T, G * O/G]."""
-        matrix, scale = self.matrix, self.scale
-        if isinstance(matrix, Tensor):
-            if scale is not None and matrix.shape[0] % (self.groups * TILE):
-                matrix, scale = dequantise(matrix, scale, x_TGI.dtype), None  # tiles reach across groups
-            matrix, scale = self._shaped(matrix), None if scale is None else self._shaped(scale)
-        return linear_by_columns(x_TGI, matrix, scale).flatten(1)
+        packed = self.packed.get("weight")
+        return linear_by_columns(x_TGI, *((packed, None) if packed is not None else self.by_group())).flatten(1)

@@ -405,7 +405,7 @@ def test_fp4_needs_groups_of_32_inputs(size: str, tmp_path: Path) -> None:
 
 
 def test_saving_quantised_weights_without_their_scales(releases: dict[str, Path], tmp_path: Path) -> None:
-    model = load_model(releases["base"], keep_quantised=True)
+    model = load_model(releases["base"], keep_stored=True)
     for name in ("layers.1.attn.wq_b", "layers.1.ffn.experts.w2"):
         state = {n: t for n, t in model.state_dict().items() if n not in (f"{name}.scale", f"{name}_scale")}
         with pytest.raises(SaveError, match=f"{name}.* its scale is not in the state"):

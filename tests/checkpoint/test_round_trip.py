@@ -85,7 +85,7 @@ def test_a_model_saved_and_loaded_is_the_same_model(layout: Any, releases: dict[
 @pytest.mark.parametrize("layout", ["flash", "base"])
 def test_a_model_kept_quantised_is_saved_bit_for_bit(layout: Any, releases: dict[str, Path], tmp_path: Path) -> None:
     """Stored bytes go back as they came; read as numbers without their scale they would be fluent nonsense."""
-    model = load_model(releases[layout], keep_quantised=True)
+    model = load_model(releases[layout], keep_stored=True)
     save_model(model.state_dict(), model.config, layout, tmp_path / "saved")
     first, second = Release(releases[layout]), Release(tmp_path / "saved")
     for name in first.specs:
@@ -142,7 +142,7 @@ def test_expanding_keeps_the_logits(source: str, target: Any, releases: dict[str
 @pytest.mark.parametrize("layout", ["flash", "base", "0731"])
 def test_weights_kept_quantised_give_the_same_logits(layout: str, releases: dict[str, Path]) -> None:
     ids = torch.tensor([IDS])
-    kept = load_model(releases[layout], keep_quantised=True)
+    kept = load_model(releases[layout], keep_stored=True)
     assert kept.layers[1].attn.wq_b.weight.dtype == torch.float8_e4m3fn
     assert torch.equal(kept(ids), load_model(releases[layout])(ids))
 

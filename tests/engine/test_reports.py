@@ -10,6 +10,7 @@ from abyssal.base.errors import InputError
 from abyssal.engine.engine import Engine
 from abyssal.engine.request import Event, Request
 from abyssal.engine.sampler import Sampling
+from abyssal.kernels.choice import forced
 from abyssal.model import Transformer
 from abyssal.model.indexer import Indexer
 from tests.cases import random_ids
@@ -50,7 +51,10 @@ def test_prompt_scores_are_those_of_a_plain_forward(length: int) -> None:
 
 
 def test_chosen_blocks_are_what_the_indexer_chose(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Against the rows that attention reads, decoded back through the page table, beside other requests."""
+    """Against the rows that attention reads, decoded back through the page table, beside other requests.
+
+    Of the plain path; tests/model/test_steps.py has the native one.
+    """
     model = model_of(0, index_topk=3)
     layers = sum(ratio == 4 for ratio in model.config.backbone_ratios)
     assert layers
@@ -69,34 +73,24 @@ def test_chosen_blocks_are_what_the_indexer_chose(monkeypatch: pytest.MonkeyPatc
             seen.append((span.start + span.length, id(span.cache), picked))
         return found
 
-    real_blocks = Indexer.blocks
-
-    def blocks(self: Indexer, fast, latent, x, turn, batch, memory):  # type: ignore[no-untyped-def]
-        chosen = real_blocks(self, fast, latent, x, turn, batch, memory)
-        for span in batch.spans:
-            stop = span.start + span.length
-            last = range(stop // 4) if chosen is None else chosen[span.first + span.length - 1].tolist()
-            seen.append((stop, id(span.cache), set(last) - {-1}))
-        return chosen
-
     monkeypatch.setattr(Indexer, "rows", rows)
-    monkeypatch.setattr(Indexer, "blocks", blocks)
-    other = engine.add(Request(prompt=tuple(random_ids(model.config, 90, 5)), max_tokens=40))
-    prompt = tuple(random_ids(model.config, 37))
-    number, events = engine.stream(Request(prompt=prompt, max_tokens=12, trace=True))
-    mine = None
-    for count, event in enumerate(events):
-        if mine is None:
-            mine = next(id(run.cache) for run in engine._running.values() if run.request_number == number)
-        position = len(prompt) + count
-        want[position] = [picked for at, cache, picked in seen if (at, cache) == (position, mine)]
-        assert [set(blocks) for blocks in event.blocks] == want[position]
-        assert len(event.blocks) == layers
-        assert all(len(blocks) == min(position // 4, 3) for blocks in event.blocks)
-        assert all(list(blocks) == sorted(blocks) for blocks in event.blocks)
-    assert len(want) == 12
-    finish(engine)
-    assert not any(event.blocks for event in answer_of(engine, Request(prompt=prompt, max_tokens=2))[1])
+    with forced("reference"):
+        other = engine.add(Request(prompt=tuple(random_ids(model.config, 90, 5)), max_tokens=40))
+        prompt = tuple(random_ids(model.config, 37))
+        number, events = engine.stream(Request(prompt=prompt, max_tokens=12, trace=True))
+        mine = None
+        for count, event in enumerate(events):
+            if mine is None:
+                mine = next(id(run.cache) for run in engine._running.values() if run.request_number == number)
+            position = len(prompt) + count
+            want[position] = [picked for at, cache, picked in seen if (at, cache) == (position, mine)]
+            assert [set(blocks) for blocks in event.blocks] == want[position]
+            assert len(event.blocks) == layers
+            assert all(len(blocks) == min(position // 4, 3) for blocks in event.blocks)
+            assert all(list(blocks) == sorted(blocks) for blocks in event.blocks)
+        assert len(want) == 12
+        finish(engine)
+        assert not any(event.blocks for event in answer_of(engine, Request(prompt=prompt, max_tokens=2))[1])
     assert engine.records[other].answers[0].finish_reason == "length"
 
 

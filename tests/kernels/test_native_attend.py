@@ -7,7 +7,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from abyssal.kernels import attention
 from abyssal.kernels.attention import Blocks, Window, attend, attend_reference
 from abyssal.kernels.choice import choice, forced, native
 from abyssal.kernels.rms_norm import rms_norm
@@ -220,15 +219,3 @@ def test_what_lies_outside_is_refused() -> None:
     case.spans[0, 4] = 1
     with pytest.raises(ValueError, match="outside"):
         case.run()
-
-
-def test_gradients_and_float64_stay_with_the_reference() -> None:
-    x = torch.zeros(2)
-    assert attention.fast(x.double()) is None
-    assert attention.fast(x.clone().requires_grad_()) is None
-    with forced("reference"):
-        assert attention.fast(x) is None
-    if native() is not None:
-        assert attention.fast(x) is not None
-        with torch.no_grad():
-            assert attention.fast(x.clone().requires_grad_()) is not None

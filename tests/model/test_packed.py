@@ -56,7 +56,7 @@ def test_quantised_weights_are_packed_as_stored(tmp_path: Path) -> None:
     from abyssal.arch.presets import preset
 
     make_release(preset("nano"), 0, "flash", tmp_path / "release")
-    model = load_model(tmp_path / "release", keep_quantised=True)
+    model = load_model(tmp_path / "release", keep_stored=True)
     ids = torch.tensor([random_ids(model.config, 40)])
     with forced(ISAS[0]), torch.inference_mode():
         before, state = model(ids), {n: t.clone() for n, t in model.state_dict().items()}

@@ -112,3 +112,68 @@ def compress(
     out: Tensor,
 ) -> None:
     """A compressor's step into `out`, the rings and `entries`; see `abyssal.kernels.pool.compress`."""
+
+def encode(x: Tensor, key: bool, rotated: int, to: Tensor) -> None:
+    """Entries or index keys x [R, dim] as the cache stores them, bytes or float32 `to`; see `abyssal.kernels.entry`."""
+
+class AttentionStep:
+    """The attention sublayer of one block in one call; weights are `Weight` or float32 tensors, kept alive.
+
+    Tuples: site (fn, base, scale, norm, rms_eps, eps, iterations); q (wq_a, q_norm, wq_b); kv (wkv, kv_norm); out
+    (wo_a, wo_b); compressor (wkv, wgate, ape, norm); index (wq_b, weights_proj, compressor, factor, exact).
+    """
+
+    def __init__(
+        self,
+        site: tuple[object, ...],
+        q: tuple[object, ...],
+        kv: tuple[object, ...],
+        sink: Tensor,
+        out: tuple[object, ...],
+        rotated: int,
+        window: int,
+        softmax_scale: float,
+        block: int,
+        exact: bool,
+        compressor: tuple[object, ...] | None,
+        index: tuple[object, ...] | None,
+    ) -> None: ...
+    def __call__(
+        self,
+        streams: Tensor,
+        turn: Tensor,
+        spans: Tensor,
+        ring: Tensor,
+        ring_size: int,
+        tables: Tensor,
+        compressed: tuple[object, ...] | None,
+        keys: tuple[object, ...] | None,
+        block_turn: Tensor | None,
+        firsts: Tensor | None,
+        visible: Tensor | None,
+        chosen: Tensor | None,
+        out: Tensor,
+    ) -> None:
+        """Streams [T, N, D] to `out`; adds the tokens to the caches (values, logits, ring_size, entries, per_page).
+
+        `chosen` [T, K] receives the indexer's choice; None: each token reads every block that it sees.
+        """
+
+class MoeStep:
+    """The MoE sublayer of one block in one call; `table` holds the experts of each token id in hash-routed blocks."""
+
+    def __init__(
+        self,
+        site: tuple[object, ...],
+        gate: object,
+        bias: Tensor | None,
+        table: Tensor | None,
+        k: int,
+        scale: float,
+        routed: tuple[object, ...],
+        shared: tuple[object, ...],
+        limit: float,
+        block: int,
+    ) -> None: ...
+    def __call__(self, streams: Tensor, ids: Tensor, out: Tensor) -> None:
+        """Streams [T, N, D] to `out`."""

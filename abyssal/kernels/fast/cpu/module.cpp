@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "bind/bind.hpp"
+#include "bind/steps.hpp"
 #include "pool.hpp"
 
 NB_MODULE(_cpu, m) {
@@ -26,4 +27,5 @@ NB_MODULE(_cpu, m) {
 #define ABYSSAL_OP(name, Args) bind_##name(m);
 #include "ops.inc"
 #undef ABYSSAL_OP
+  bind_steps(m);
 }

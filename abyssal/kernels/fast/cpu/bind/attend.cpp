@@ -5,38 +5,9 @@
 #include <cstring>
 #include <optional>
 
-#include "bind/rows.hpp"
+#include "bind/inside.hpp"
 
 namespace abyssal {
-
-namespace {
-
-static_assert(sizeof(Span) == 6 * sizeof(std::int64_t));
-
-// Everything that is read or written lies inside the arrays.
-bool inside(const AttendArgs& a, std::int64_t tokens, std::int64_t ring_rows, std::int64_t entry_rows) {
-  if (a.window < 1 || a.ring_size < a.window) return false;
-  std::int64_t before = 0;
-  for (std::int64_t g = 0; g < a.sequences; ++g) {
-    const Span& s = a.spans[g];
-    if (s.first != before || s.length < 0 || s.start < 0 || s.slot < 0 || s.first + s.length > tokens ||
-        (s.slot + 1) * a.ring_size > ring_rows)
-      return false;
-    before = s.first + s.length;
-    if (a.ratio > 0 && a.blocks == nullptr && (s.start + s.length) / a.ratio > a.pages.most * a.pages.per_page)
-      return false;
-  }
-  if (a.ratio > 0) {
-    for (std::int64_t i = 0; i < a.sequences * a.pages.most; ++i)
-      if (a.pages.tables[i] < 0 || (a.pages.tables[i] + 1) * a.pages.per_page >= entry_rows) return false;
-    if (a.blocks != nullptr)
-      for (std::int64_t i = 0; i < before * a.k; ++i)
-        if (a.blocks[i] < -1 || a.blocks[i] >= a.pages.most * a.pages.per_page) return false;
-  }
-  return true;
-}
-
-}  // namespace
 
 void bind_attend(nb::module_& m) {
   m.def(

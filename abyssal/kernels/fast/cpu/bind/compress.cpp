@@ -4,38 +4,9 @@
 
 #include <optional>
 
-#include "bind/rows.hpp"
+#include "bind/inside.hpp"
 
 namespace abyssal {
-
-namespace {
-
-// Everything that is read or written lies inside the arrays.
-bool inside(const CompressArgs& a, std::int64_t tokens, std::int64_t ring_rows, std::int64_t entry_rows,
-            std::int64_t blocks) {
-  if (a.ratio < 1 || a.ring_size < a.ratio * (a.overlap ? 2 : 1)) return false;
-  std::int64_t before = 0, count = 0;
-  for (std::int64_t g = 0; g < a.sequences; ++g) {
-    const Span& s = a.spans[g];
-    if (s.first != before || s.length < 0 || s.start < 0 || s.slot < 0 || s.first + s.length > tokens ||
-        (s.slot + 1) * a.ring_size > ring_rows)
-      return false;
-    before = s.first + s.length;
-    const std::int64_t first = s.start / a.ratio, stop = (s.start + s.length) / a.ratio;
-    count += stop - first;
-    // a block's own tokens are there
-    if (stop > first && first * a.ratio < s.since && s.since < s.start) return false;
-    if (a.entries == nullptr) continue;
-    if (stop > a.pages.most * a.pages.per_page) return false;
-    for (std::int64_t b = first; b < stop; ++b) {
-      const std::int64_t page = a.pages.tables[g * a.pages.most + b / a.pages.per_page];
-      if (page < 0 || (page + 1) * a.pages.per_page >= entry_rows) return false;
-    }
-  }
-  return count == blocks;
-}
-
-}  // namespace
 
 void bind_compress(nb::module_& m) {
   m.def(
@@ -71,7 +42,7 @@ void bind_compress(nb::module_& m) {
           entry_rows = entries->shape[0];
           a.pages = pages_of(*tables, a.sequences, per_page);
         }
-        if (!inside(a, values.shape[0], ring_values.shape[0], entry_rows, out.shape[0]))
+        if (!inside(a, values.shape[0], ring_values.shape[0], entries ? entry_rows : -1, out.shape[0]))
           throw nb::value_error("spans, tables or turn do not fit the arrays");
         ABYSSAL_CALL(compress, a);
       },

@@ -1,20 +1,8 @@
 #include "ops/experts.hpp"
 
-#include "bind/weight.hpp"
+#include "bind/expert_weights.hpp"
 
 namespace abyssal {
-
-namespace {
-
-ExpertWeights weights_of(const PackedWeight& w1, const PackedWeight& w3, const PackedWeight& w2) {
-  const bool fits = w1.matrices == w3.matrices && w1.matrices == w2.matrices &&
-                    w1.weight.outputs == w3.weight.outputs && w1.weight.inputs == w3.weight.inputs &&
-                    w2.weight.outputs == w1.weight.inputs && w2.weight.inputs == w1.weight.outputs;
-  if (!fits) throw nb::value_error("w1, w3 and w2 do not fit together");
-  return {w1.weight, w3.weight, w2.weight, {w1.stored, w3.stored, w2.stored}, w1.matrices};
-}
-
-}  // namespace
 
 void bind_experts(nb::module_& m) {
   m.def(
@@ -22,15 +10,8 @@ void bind_experts(nb::module_& m) {
       [](const PackedWeight& w1, const PackedWeight& w3, const PackedWeight& w2, nb::object shared, const Array& x,
          const Array& gains, const Array& chosen, double limit, std::int64_t block, const Array& y) {
         ExpertsArgs a{};
-        a.routed = weights_of(w1, w3, w2);
-        if (!shared.is_none()) {
-          const auto three = nb::cast<nb::tuple>(shared);
-          if (three.size() != 3) throw nb::value_error("shared must be w1, w3 and w2");
-          a.shared = weights_of(nb::cast<const PackedWeight&>(three[0]), nb::cast<const PackedWeight&>(three[1]),
-                                nb::cast<const PackedWeight&>(three[2]));
-          if (a.shared.matrices != 1 || a.shared.w1.inputs != a.routed.w1.inputs)
-            throw nb::value_error("the shared expert is one, and as wide as the routed ones");
-        }
+        a.routed = expert_weights(w1, w3, w2);
+        a.shared = shared_weights(shared, a.routed);
         a.x = x.as<float>("x", {-1, a.routed.w1.inputs});
         a.tokens = x.shape[0];
         a.gains = gains.as<float>("gains", {a.tokens, -1});

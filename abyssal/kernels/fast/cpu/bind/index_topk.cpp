@@ -1,6 +1,6 @@
 #include "ops/index_topk.hpp"
 
-#include "bind/rows.hpp"
+#include "bind/inside.hpp"
 
 namespace abyssal {
 
@@ -17,16 +17,9 @@ void bind_index_topk(nb::module_& m) {
     a.visible = visible.as<std::int64_t>("visible", {-1});
     a.blocks = blocks.as<std::int64_t>("blocks", {visible.shape[0], -1});
     a.k = blocks.shape[1];
+    if (a.sequences < 0) throw nb::value_error("firsts is empty");
     a.pages = pages_of(tables, a.sequences, per_page);
-    // everything that is read lies inside the arrays
-    bool fits = a.sequences >= 0 && a.firsts[0] == 0 && a.firsts[a.sequences] <= visible.shape[0] &&
-                visible.shape[0] <= q.shape[0];
-    for (std::int64_t g = 0; fits && g < a.sequences; ++g) {
-      fits = a.firsts[g] <= a.firsts[g + 1];
-      for (std::int64_t t = a.firsts[g]; fits && t < a.firsts[g + 1]; ++t)
-        fits = a.visible[t] >= 0 && a.visible[t] <= a.pages.most * per_page;
-    }
-    if (!fits) throw nb::value_error("firsts or visible lie outside of the queries or the page table");
+    if (visible.shape[0] > q.shape[0] || !inside(a, visible.shape[0])) throw nb::value_error("firsts or visible lie outside of the queries or the page table");
     ABYSSAL_CALL(index_topk, a);
   });
 }

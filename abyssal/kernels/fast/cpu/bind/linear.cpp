@@ -21,7 +21,7 @@ PackedWeight make_weight(int format, std::int64_t matrices, std::int64_t outputs
   if (weight.format == Format::float8)
     weight.tile_scales = nb::cast<Array>(scales).as<float>(
         "scales", {matrices * ((outputs + tile_side - 1) / tile_side) * weight.tiles_across()});
-  return PackedWeight{weight, stored, matrices, data, scales};
+  return PackedWeight{{weight, stored, matrices}, data, scales};
 }
 
 void run_linear(const PackedWeight& w, const Array& x, const Array& y, const Array* firsts, bool columns) {

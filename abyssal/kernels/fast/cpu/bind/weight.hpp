@@ -2,15 +2,12 @@
 #pragma once
 
 #include "bind/bind.hpp"
-#include "ops/weight.hpp"
+#include "steps/step.hpp"
 
 namespace abyssal {
 
-// One or several matrices of equal shape. The arrays belong to tensors that `data` and `scales` keep alive.
-struct PackedWeight {
-  Weight weight;
-  bool stored;  // not packed: as it lies in a release
-  std::int64_t matrices;
+// The arrays belong to tensors that `data` and `scales` keep alive.
+struct PackedWeight : Factor {
   nb::object data, scales;
 };
 
