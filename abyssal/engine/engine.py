@@ -291,11 +291,12 @@ class Engine:
         for run, work, cache in zip(runs, works, caches, strict=True):
             run.served = self._steps
             ids.append([*run.tokens[cache.position : cache.position + work.tokens], *drafts.get(run.number, [])])
-        output = self.runner.run(caches, ids, watch=any(run.request.trace for run in runs))
-        for i, run in enumerate(runs):
-            if run.request.trace:
-                run.blocks = tuple(array("I", layer[i].tolist()) for layer in output.chosen)
-        return self._after(runs, ids, output.z_TD, output.streams_TND)
+        with self.runner.working(sum(map(len, ids)), sum(cache.position for cache in caches)):
+            output = self.runner.run(caches, ids, watch=any(run.request.trace for run in runs))
+            for i, run in enumerate(runs):
+                if run.request.trace:
+                    run.blocks = tuple(array("I", layer[i].tolist()) for layer in output.chosen)
+            return self._after(runs, ids, output.z_TD, output.streams_TND)
 
     def _job(self, run: Running) -> Job:
         assert run.cache is not None
@@ -315,7 +316,8 @@ class Engine:
         if not drafting:
             return {}
         runs = [self._running[work.number] for work in drafting]
-        found = speculative.propose(self.runner, runs, [work.drafts for work in drafting])
+        with self.runner.working(len(runs)):
+            found = speculative.propose(self.runner, runs, [work.drafts for work in drafting])
         for run, tokens in zip(runs, found, strict=True):
             self.records[run.request_number].drafted += len(tokens)
         return {run.number: tokens for run, tokens in zip(runs, found, strict=True)}

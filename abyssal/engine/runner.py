@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -30,31 +31,34 @@ class Runner:
         self._small = model.size < SMALL_MODEL
         model.pack()
 
-    def _use_threads(self, tokens: int, context: int = 0) -> None:
+    @contextmanager
+    def working(self, tokens: int, context: int = 0) -> Iterator[None]:
+        """What calls of the model stand in, and all work on tensors around them.
+
+        Even an index into a few rows wakes torch's threads, for milliseconds where others keep the cores busy.
+
+        Args:
+            tokens: of all passes inside.
+            context: tokens of all their contexts.
+        """
         small = self._small and tokens <= SMALL_PASS and context <= SHORT
         torch.set_num_threads(1 if small else self._threads)
+        try:
+            with torch.inference_mode():
+                yield
+        finally:
+            torch.set_num_threads(self._threads)
 
     def run(
         self, caches: Sequence[SequenceCache], tokens: Sequence[Sequence[int]], *, watch: bool = False
     ) -> Output:
         """One pass; the caches advance. Rows lie in the order of the sequences; `watch` as `Transformer.run`."""
-        lengths = [len(ids) for ids in tokens]
-        self._use_threads(sum(lengths), sum(cache.position for cache in caches))
         ids_T = torch.from_numpy(np.concatenate([np.asarray(ids, np.int64) for ids in tokens]))
-        with torch.inference_mode():
-            try:
-                return self.model.run(ids_T, caches, lengths, watch=watch)
-            finally:
-                torch.set_num_threads(self._threads)
+        return self.model.run(ids_T, caches, [len(ids) for ids in tokens], watch=watch)
 
     def logits(self, z_TD: Tensor) -> NDArray[np.float64]:
         """Logits of some rows, [T, V]."""
-        self._use_threads(len(z_TD))
-        with torch.inference_mode():
-            try:
-                return self.model.logits(z_TD).double().numpy()
-            finally:
-                torch.set_num_threads(self._threads)
+        return self.model.logits(z_TD).double().numpy()
 
     def draft(
         self,
@@ -66,10 +70,5 @@ class Runner:
         since: Sequence[int],
     ) -> tuple[Tensor, Tensor]:
         """One step of the MTP block: z_TD and streams_TND; see `Transformer.draft`."""
-        self._use_threads(len(next_ids))
-        with torch.inference_mode():
-            try:
-                batch = Batch(caches, lengths, starts, since)
-                return self.model.draft(streams_TND, torch.tensor(next_ids), batch)
-            finally:
-                torch.set_num_threads(self._threads)
+        batch = Batch(caches, lengths, starts, since)
+        return self.model.draft(streams_TND, torch.tensor(next_ids), batch)
