@@ -7,7 +7,6 @@ beside it, and a draft can be checked by drawing again.
 
 from __future__ import annotations
 
-import math
 import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -16,14 +15,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from abyssal.base.errors import InputError
-
-Floats = NDArray[np.float64]
-Ids = NDArray[np.int64]
+from abyssal.kernels.draw import Floats, Ids, draw
 
 # between sums and logarithms in another order, or of another library, of values that float64 holds to 1e-16
 DOUBT = 1e-9
 FEW = 1024  # tokens that are sorted whole
-PIECE = 8192  # tokens that are drawn at once
 BINS, BINS_OF_E = 2048, 16.0  # of logits below the largest; so many for each unit
 
 
@@ -84,16 +80,8 @@ class Sampler:
 
     def __init__(self, sampling: Sampling, choice: int = 0):
         self.sampling = sampling
-        seed = secrets.randbits(63) if sampling.seed is None else sampling.seed
-        # two words of key: the seed and the number of the answer
-        self._key = np.array([seed & (2**64 - 1), choice], np.uint64)
-
-    def noise(self, place: int, size: int) -> Floats:
-        """Gumbel noise for the token at `place` of the answer, one value for each token of the vocabulary."""
-        return self._generator(place).gumbel(size=size)
-
-    def _generator(self, place: int) -> np.random.Generator:
-        return np.random.Generator(np.random.Philox(key=self._key, counter=[0, 0, place, 0]))
+        self._seed = secrets.randbits(63) if sampling.seed is None else sampling.seed
+        self._choice = choice
 
     def draw(
         self,
@@ -117,47 +105,7 @@ class Sampler:
         if s.temperature == 0:
             return int(logits.argmax())
         logits /= s.temperature
-        return self._largest(logits, kept(logits, s.top_k, s.top_p, s.min_p), place)
-
-    def _largest(self, logits_V: Floats, ids: Ids | None, place: int) -> int:
-        """The token whose logit and noise are the largest together, among `ids` (None: all).
-
-        NumPy's logarithms of a whole array are faster than the generator's, which are the C library's, and differ in
-        the last digit: they find who could be the largest, and of several the C library decides. In pieces that stay
-        in the cache, since fresh pages of memory cost more than the logarithms.
-        """
-        generator = self._generator(place)
-        best = -math.inf
-        near: list[tuple[float, int, float]] = []  # rough score, token, noise before its logarithms
-        for first in range(0, len(logits_V), PIECE):
-            uniform = generator.random(min(PIECE, len(logits_V) - first))
-            if not uniform.all():  # the generator draws again for a zero, which moves all that follow
-                return self._largest_by_definition(logits_V, ids, place)
-            tokens = None
-            values = logits_V[first : first + PIECE]
-            if ids is not None:
-                tokens = ids[slice(*ids.searchsorted((first, first + PIECE)))]
-                uniform, values = uniform[tokens - first], logits_V[tokens]
-                if not len(tokens):
-                    continue
-            np.subtract(1.0, uniform, out=uniform)
-            scores = np.log(uniform)
-            np.log(np.negative(scores, out=scores), out=scores)
-            np.subtract(values, scores, out=scores)
-            best = max(best, float(scores.max()))
-            for i in np.flatnonzero(scores >= best - DOUBT * max(1.0, abs(best))):
-                near.append((float(scores[i]), first + int(i) if tokens is None else int(tokens[i]), float(uniform[i])))
-        if not math.isfinite(best):
-            return self._largest_by_definition(logits_V, ids, place)
-        near = [found for found in near if found[0] >= best - DOUBT * max(1.0, abs(best))]
-        if len(near) == 1:
-            return near[0][1]
-        # of equal ones the first, as argmax takes it
-        return max(near, key=lambda found: float(logits_V[found[1]]) - math.log(-math.log(found[2])))[1]
-
-    def _largest_by_definition(self, logits_V: Floats, ids: Ids | None, place: int) -> int:
-        scores = logits_V + self.noise(place, len(logits_V))
-        return int(scores.argmax() if ids is None else ids[scores[ids].argmax()])
+        return draw(logits, kept(logits, s.top_k, s.top_p, s.min_p), self._seed, self._choice, place)
 
     def adjusted(self, logits_V: Floats, prompt: Sequence[int], answer: Sequence[int]) -> Floats:
         """Logits after bias and penalties."""

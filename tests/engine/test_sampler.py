@@ -7,6 +7,7 @@ import pytest
 
 from abyssal.base.errors import InputError
 from abyssal.engine.sampler import Sampler, Sampling, truncated
+from abyssal.kernels.draw import noise
 
 
 @pytest.mark.parametrize(
@@ -39,16 +40,14 @@ def test_samples_follow_the_distribution() -> None:
     assert ((counts - want) ** 2 / want).sum() < 24.3
 
 
-def test_noise_depends_on_seed_choice_and_place_alone() -> None:
-    def noise(seed: int, choice: int, place: int) -> list[float]:
-        return Sampler(Sampling(seed=seed), choice).noise(place, 50).tolist()
+def test_a_seed_that_is_not_given_is_drawn_once() -> None:
+    logits = np.zeros(4096)
 
-    assert noise(3, 1, 9) == noise(3, 1, 9)
-    others = [noise(*key) for key in ((3, 1, 9), (4, 1, 9), (3, 2, 9), (3, 1, 10), (-3, 1, 9), (3 + 2**32, 1, 9))]
-    assert len({tuple(values) for values in others}) == 6
+    def tokens(sampler: Sampler) -> list[int]:
+        return [sampler.draw(logits, place) for place in range(5)]
+
     sampler = Sampler(Sampling())
-    assert sampler.noise(0, 3).tolist() == sampler.noise(0, 3).tolist()
-    assert sampler.noise(0, 3).tolist() != Sampler(Sampling()).noise(0, 3).tolist()
+    assert tokens(sampler) == tokens(sampler) != tokens(Sampler(Sampling()))
 
 
 def kept(logits: list[float], top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0) -> set[int]:
@@ -121,7 +120,7 @@ def test_tokens_are_those_of_the_definition(size: int, kind: str, options: dict[
     want = plainly_truncated(logits / 0.8, sampling.top_k, sampling.top_p, sampling.min_p)
     assert np.array_equal(truncated(logits / 0.8, sampling.top_k, sampling.top_p, sampling.min_p), want)
     for place in range(20):
-        assert sampler.draw(logits, place) == (want + sampler.noise(place, size)).argmax()
+        assert sampler.draw(logits, place) == (want + noise(size, 0, place, size)).argmax()
 
 
 @pytest.mark.parametrize("options", [{}, {"top_p": 0.5}, {"top_k": 100}])
@@ -129,9 +128,9 @@ def test_near_ties_are_decided_as_by_definition(options: dict[str, float]) -> No
     """All tokens score the same but for the last digits of float64."""
     for place in range(50):
         sampler = Sampler(Sampling(seed=place, **options))  # type: ignore[arg-type]
-        logits = -sampler.noise(place, 5000)
+        logits = -noise(place, 0, place, 5000)
         want = truncated(logits, sampler.sampling.top_k, sampler.sampling.top_p, 0)
-        assert sampler.draw(logits, place) == (want + sampler.noise(place, 5000)).argmax()
+        assert sampler.draw(logits, place) == (want + noise(place, 0, place, 5000)).argmax()
 
 
 def test_the_border_of_top_p_is_where_the_definition_puts_it() -> None:
@@ -141,16 +140,3 @@ def test_the_border_of_top_p_is_where_the_definition_puts_it() -> None:
             logits = np.zeros(size)
             want = plainly_truncated(logits, 0, 1 / parts, 0)
             assert np.array_equal(truncated(logits, 0, 1 / parts, 0), want)
-
-
-def test_a_zero_of_the_generator_moves_the_noise(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Zero:
-        def random(self, size: int) -> np.ndarray:
-            return np.append(np.full(size - 1, 0.5), 0.0)
-
-        def gumbel(self, size: int) -> np.ndarray:
-            return np.arange(size, dtype=np.float64)
-
-    monkeypatch.setattr(Sampler, "_generator", lambda self, place: Zero())
-    assert Sampler(Sampling(seed=1)).draw(np.zeros(5), 0) == 4
-    assert Sampler(Sampling(seed=1, min_p=0.5)).draw(np.array([0.0, 0.0, -9.0, 0.0, 0.0]), 0) == 4

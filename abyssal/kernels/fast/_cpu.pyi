@@ -177,3 +177,6 @@ class MoeStep:
     ) -> None: ...
     def __call__(self, streams: Tensor, ids: Tensor, out: Tensor) -> None:
         """Streams [T, N, D] to `out`."""
+
+def draw(logits: object, ids: object | None, seed: int, choice: int, place: int) -> int:
+    """The token with the largest sum of logit (float64) and noise, among `ids`; -1 where NumPy has to say."""
