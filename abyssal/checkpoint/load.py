@@ -12,7 +12,7 @@ from abyssal.checkpoint.release import Release
 from abyssal.kernels.linear import dequantise
 from abyssal.model.linear import Linear
 from abyssal.model.moe import EXPERT_WEIGHTS, Experts
-from abyssal.model.transformer import Transformer
+from abyssal.model.transformer import Embedding, Transformer
 from abyssal.quant.numerics import Numerics
 from abyssal.quant.precision import wide_dtype
 
@@ -28,9 +28,9 @@ def load_model(
 
     Args:
         folder: a release, or one that is open already.
-        dtype: of activations and of every matrix that is not kept quantised.
+        dtype: of activations and of every matrix that is not kept as stored.
         numerics: which roundings are simulated.
-        keep_quantised: leave FP4 and FP8 weights as stored and expand them as they are used.
+        keep_quantised: leave matrices as stored, FP4, FP8 or bfloat16, and expand them as they are used.
     Returns:
         The model in evaluation mode; parameters do not record gradients.
     Raises:
@@ -60,11 +60,11 @@ def fill(module: nn.Module, prefix: str, release: Release, dtype: torch.dtype, k
         for leaf, parameter in list(child.named_parameters(recurse=False)):
             weight, scale = release.stored(name + leaf)
             if isinstance(child, Linear) and leaf == "weight":
-                if scale is not None and keep_quantised:
+                if keep_quantised:
                     child.scale = scale
                 else:
                     weight = dequantise(weight, scale, dtype)
-            else:
+            elif not (keep_quantised and isinstance(child, Embedding)):
                 weight = weight.to(dtype if parameter.dim() == 2 and leaf == "weight" else wide_dtype(dtype))
             setattr(child, leaf, nn.Parameter(weight, requires_grad=False))
         for leaf, buffer in list(child.named_buffers(recurse=False)):
