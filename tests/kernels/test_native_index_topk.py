@@ -154,6 +154,40 @@ def test_packed_keys_give_the_choice_of_their_values(isa: str, rounded: bool, he
 
 
 @pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("dim", [32, 64, 96, 160])
+@pytest.mark.parametrize("apart", [2, 4, 6])
+def test_packed_keys_with_scales_apart(isa: str, dim: int, apart: int) -> None:
+    """Groups of a vector whose scales differ: up to 8 times they meet as integers, beyond that they do not."""
+    packed = Case(24, 7, dim, [[2000, 2001, 333], [1345]], 40, packed=True)
+    generator = torch.Generator().manual_seed(apart)
+    groups = dim // 32
+    powers = torch.randint(0, apart, (len(packed.keys), groups), generator=generator, dtype=torch.uint8)
+    packed.keys[:, dim // 2 :] = 120 + powers
+    packed.keys[3:40:5, :16] = 0x80  # zeros of both signs
+    packed.keys[77, dim // 2] = 0
+    factors = torch.randint(0, apart, (*packed.q.shape[:2], groups, 1), generator=generator)
+    packed.q = fake_fp4(packed.q.unflatten(-1, (groups, 32)) * 2.0**factors).flatten(-2)
+    packed.q[1, :3] = 0
+    packed.weights[2] *= 2.0**-40
+    with forced(isa):
+        want = packed.run()
+        packed.keys = unpack_index_key(packed.keys, torch.float32)
+        assert torch.equal(packed.run(), want)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("code", [0x00, 0x11])
+def test_a_scale_that_is_nan(isa: str, code: int) -> None:
+    """Its score is NaN, which is chosen, where its values are zeros too."""
+    case = Case(25, 4, 64, [[900]], 3, packed=True)
+    case.q = fake_fp4(case.q)
+    row = int(1 + case.tables[0][0] * 32 + 6)
+    case.keys[row, :16], case.keys[row, 32] = code, 255
+    with forced(isa):
+        assert 6 in case.run()[0].tolist()
+
+
+@pytest.mark.parametrize("isa", ISAS)
 def test_infinity_and_nan_are_the_largest(isa: str) -> None:
     case = Case(22, 1, 4, [[40]], 3)
     case.q.fill_(1.0)

@@ -13,7 +13,7 @@ namespace {
 // tiles into segments; a segment is read for itself and joined to those before it. So the order of every sum depends
 // on the query's position alone, and segments can be read side by side.
 constexpr std::int64_t segment_entries = 16 * tile_entries;
-constexpr std::int64_t few_heads = 16;        // heads of a task, where there are few queries
+constexpr std::int64_t least_heads = 4;       // heads that are worth a task, for which entries are unpacked anew
 constexpr std::int64_t small_work = 1 << 18;  // products that do not pay for a second thread
 
 // Where the entries of a query lie.
@@ -87,7 +87,7 @@ void read_segment(const List& list, std::int64_t segment, const float* q, std::i
   for (std::int64_t first = segment * segment_entries; first < stop; first += tile_entries) {
     tile.here = stop - first < tile_entries ? static_cast<int>(stop - first) : tile_entries;
     for (int i = 0; i < tile.here; ++i) {
-      float* space = &tile.space[i * tile.stride];
+      float* space = tile.space_of(i);
       const float* row = list.row(first + i, space);
       if (a.dim != tile.stride) {
         if (row != space) std::memcpy(space, row, static_cast<std::size_t>(a.dim) * sizeof(float));
@@ -130,7 +130,9 @@ void attend(const AttendArgs& a) {
     }
   const bool alone = entries * a.heads * a.dim < small_work;
   const bool few = !alone && tokens < 4 * threads();
-  const std::int64_t heads = few && a.heads > few_heads ? few_heads : a.heads;
+  // entries are unpacked once for the heads of a task: few queries share them out only where there is too little work
+  std::int64_t heads = a.heads;
+  while (few && heads >= 2 * least_heads && tokens * most * (a.heads / heads) < 2 * threads()) heads = (heads + 1) / 2;
   const std::int64_t parts = (a.heads + heads - 1) / heads;
   const std::int64_t size = State::size(heads, stride);
   if (!few || most == 1) {
@@ -140,7 +142,7 @@ void attend(const AttendArgs& a) {
           const std::int64_t token = i / parts, head = i % parts * heads;
           const std::int64_t here = a.heads - head < heads ? a.heads - head : heads;
           const List list(a, sequence_of[token], token);
-          Tile tile(stride);
+          Tile tile(stride, here);
           Buffer<float> q(here * stride), memory(2 * size);
           const State state = State::at(&memory[0], here), later = State::at(&memory[size], here);
           prepare(a, token, head, here, stride, &q[0]);
@@ -159,19 +161,23 @@ void attend(const AttendArgs& a) {
       const std::int64_t here = a.heads - head < heads ? a.heads - head : heads;
       if (segment >= segments_of[token]) return;
       const List list(a, sequence_of[token], token);
-      Tile tile(stride);
+      Tile tile(stride, here);
       Buffer<float> q(here * stride);
       prepare(a, token, head, here, stride, &q[0]);
       read_segment(list, segment, &q[0], here, a.sink + head, tile, State::at(&memory[i * size], here));
     });
-    for (std::int64_t i = 0; i < tokens * parts; ++i) {
-      const std::int64_t token = i / parts, head = i % parts * heads;
-      const std::int64_t here = a.heads - head < heads ? a.heads - head : heads;
-      const State state = State::at(&memory[i * most * size], here);
-      for (std::int64_t s = 1; s < segments_of[token]; ++s)
-        join(state, State::at(&memory[(i * most + s) * size], here), here, stride);
-      finish(a, token, head, here, stride, state);
-    }
+    const std::int64_t pieces = (heads + least_heads - 1) / least_heads;
+    parallel(tokens * parts * pieces, [&](std::int64_t i) {
+      const std::int64_t part = i / pieces, token = part / parts, piece = i % pieces * least_heads;
+      const std::int64_t head = part % parts * heads, all_here = a.heads - head < heads ? a.heads - head : heads;
+      if (piece >= all_here) return;
+      const std::int64_t here = all_here - piece < least_heads ? all_here - piece : least_heads;
+      const auto state_of = [&](std::int64_t s) {
+        return State::at(&memory[(part * most + s) * size], all_here).from(piece, stride);
+      };
+      for (std::int64_t s = 1; s < segments_of[token]; ++s) join(state_of(0), state_of(s), here, stride);
+      finish(a, token, head + piece, here, stride, state_of(0));
+    });
   }
   write_ring(a);
 }

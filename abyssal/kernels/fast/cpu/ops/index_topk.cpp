@@ -67,6 +67,13 @@ inline void find_rows(const IndexTopkArgs& a, std::int64_t sequence, std::int64_
   }
 }
 
+// Pages are read once and rarely follow each other for long: ask for the sixteen keys that come next.
+inline void fetch(const IndexTopkArgs& a, std::int64_t sequence, std::int64_t first, std::int64_t stop) {
+  if (first >= stop) return;
+  const std::uint8_t* next = a.keys.data + row_of_block(a.pages, sequence, first) * a.keys.bytes;
+  for (std::int64_t line = 0; line < lanes * a.keys.bytes; line += 64) __builtin_prefetch(next + line);
+}
+
 struct Keys {
   const IndexTopkArgs& a;
   Buffer<float> tile, spare;
@@ -83,22 +90,6 @@ struct Keys {
     }
   }
 };
-
-// Scores of sixteen keys from their products with sixteen heads at a time, [keys, heads], that `fill(block, to)` gives.
-template <class Fill>
-inline Lanes weighted(const IndexTopkArgs& a, const float* weights, const Fill& fill) {
-  alignas(64) float dots[lanes * lanes], turned[lanes * lanes];
-  const float* of_key[lanes];
-  for (int lane = 0; lane < lanes; ++lane) of_key[lane] = dots + lane * lanes;
-  Lanes sums = zeros();
-  for (std::int64_t b = 0; b * lanes < a.heads; ++b) {
-    fill(b, dots);
-    transpose(of_key, 0, turned, lanes);
-    for (std::int64_t h = b * lanes; h < (b + 1) * lanes && h < a.heads; ++h)
-      sums = fma(all(weights[h]), larger(zeros(), load(turned + h % lanes * lanes)), sums);
-  }
-  return sums;
-}
 
 // The products of one query: to turn all keys would take longer than what is saved, so heads stand in lanes and the
 // products are turned. The sums are the same.
@@ -137,16 +128,19 @@ struct OneQuery {
   Lanes scores(std::int64_t sequence, std::int64_t first, std::int64_t stop) {
     const float* rows[lanes];
     find_rows(a, sequence, first, stop, spare.size() > 0 ? &spare[0] : nullptr, rows);
-    // pages are read once and rarely follow each other for long: ask for what comes next
-    const std::int64_t ahead = first + 4 * lanes;
-    if (ahead < stop) {
-      const std::uint8_t* next = a.keys.data + row_of_block(a.pages, sequence, ahead) * a.keys.bytes;
-      for (std::int64_t line = 0; line < lanes * a.keys.bytes; line += 64) __builtin_prefetch(next + line);
-    }
-    return weighted(a, weights, [&](std::int64_t b, float* dots) {
+    fetch(a, sequence, first + 4 * lanes, stop);
+    alignas(64) float dots[lanes * lanes], turned[lanes * lanes];
+    const float* of_key[lanes];
+    for (int lane = 0; lane < lanes; ++lane) of_key[lane] = dots + lane * lanes;
+    Lanes sums = zeros();
+    for (std::int64_t b = 0; b < blocks; ++b) {
       for (int k = 0; k < lanes; k += side_by_side_keys)
         products<side_by_side_keys>(rows + k, &q[b * a.keys.dim * lanes], dots + k * lanes);
-    });
+      transpose(of_key, 0, turned, lanes);
+      for (std::int64_t h = b * lanes; h < (b + 1) * lanes && h < a.heads; ++h)
+        sums = fma(all(weights[h]), larger(zeros(), load(turned + h % lanes * lanes)), sums);
+    }
+    return sums;
   }
 };
 
@@ -156,40 +150,55 @@ struct Task {
 };
 
 #if ABYSSAL_ISA_avx512
-// The task by integers. False: a query or a key is not made for it, and nothing has been done.
+// The task by integers. False: it is not made for it, and nothing has been done.
 bool run_whole(const IndexTopkArgs& a, const Task& task, std::int64_t* memory, std::int64_t* counts) {
-  if (a.keys.stored != Stored::key || a.keys.dim % group != 0 || a.pages.per_page % lanes != 0) return false;
+  if (a.keys.stored != Stored::key || a.keys.dim % group != 0 || a.keys.dim > most_whole_dim ||
+      a.pages.per_page % lanes != 0)
+    return false;
   // each is begun where it is used, and ended behind the loop
   Buffer<QueryBytes> queries(task.queries);
-  Buffer<Top> tops(task.queries);
   std::int64_t made = 0;
   bool fits = true;
   while (made < task.queries && fits) {
     new (&queries[made], Here{}) QueryBytes(a, task.query + made);
-    tops[made] = Top(memory + made * Top::room(a.k), a.k);
     fits = queries[made++].fits();
   }
-  KeyBytes keys(a.keys.dim);
-  for (std::int64_t first = task.first; first < task.stop && fits; first += lanes) {
-    const std::uint8_t* rows[lanes];
-    const std::uint8_t* start = a.keys.data + row_of_block(a.pages, task.sequence, first) * a.keys.bytes;
-    // what lies behind the last block is not used, but must be such numbers
-    for (int lane = 0; lane < lanes; ++lane) rows[lane] = start + (first + lane < task.stop ? lane : 0) * a.keys.bytes;
-    fits = keys.read(rows);
-    for (std::int64_t i = 0; i < task.queries && fits; ++i) {
+  Buffer<OneQuery> others(task.queries);  // for keys that do not fit; begun with the first of them
+  bool other = false;
+  Buffer<Top> tops(task.queries);
+  for (std::int64_t i = 0; i < task.queries; ++i) tops[i] = Top(memory + i * Top::room(a.k), a.k);
+  KeyBytes<vectors> keys(a.keys.dim);
+  for (std::int64_t first = task.first; first < task.stop && fits; first += tile_keys) {
+    bool whole[vectors];
+    for (int v = 0; v < vectors; ++v) {
+      fetch(a, task.sequence, first + 2 * tile_keys + v * lanes, task.stop);
+      // what lies behind the last block is not used, but must be such numbers
+      const std::int64_t begin = first + v * lanes < task.stop ? first + v * lanes : first;
+      const std::uint8_t* start = a.keys.data + row_of_block(a.pages, task.sequence, begin) * a.keys.bytes;
+      const std::uint8_t* rows[lanes];
+      for (int lane = 0; lane < lanes; ++lane) rows[lane] = start + (begin + lane < task.stop ? lane : 0) * a.keys.bytes;
+      whole[v] = keys.read(v, rows);
+      for (std::int64_t i = 0; i < task.queries && !whole[v] && !other; ++i)
+        new (&others[i], Here{}) OneQuery(a, task.query + i);
+      other = other || !whole[v];
+    }
+    for (std::int64_t i = 0; i < task.queries; ++i) {
       const std::int64_t visible = a.visible[task.query + i];
-      const std::int64_t here = (visible < task.stop ? visible : task.stop) - first;
+      std::int64_t here = (visible < task.stop ? visible : task.stop) - first;
       if (here <= 0 || visible <= a.k) continue;
-      const Lanes scores = weighted(a, a.weights + (task.query + i) * a.heads, [&](std::int64_t b, float* dots) {
-        for (int k = 0; k < lanes; k += side_by_side_keys)
-          queries[i].products<side_by_side_keys>(keys, k, b, dots + k * lanes);
-      });
-      tops[i].add(scores, here < lanes ? static_cast<int>(here) : lanes, first);
+      Lanes scores[vectors];
+      queries[i].scores(keys, scores);
+      for (int v = 0; v < vectors && here > 0; ++v, here -= lanes) {
+        const std::int64_t begin = first + v * lanes;
+        if (!whole[v]) scores[v] = others[i].scores(task.sequence, begin, task.stop);
+        tops[i].add(scores[v], here < lanes ? static_cast<int>(here) : lanes, begin);
+      }
     }
   }
-  for (std::int64_t i = 0; i < made; ++i) {
+  for (std::int64_t i = 0; i < task.queries; ++i) {
     if (fits) counts[i] = tops[i].shrink();
-    queries[i].~QueryBytes();
+    if (i < made) queries[i].~QueryBytes();
+    if (other) others[i].~OneQuery();
   }
   return fits;
 }
