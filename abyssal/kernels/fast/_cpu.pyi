@@ -37,7 +37,29 @@ def enter(
 ) -> None:
     """Streams x [T, N, D] to y [T, D] and gates: all post [T, N], then all mixes [T, N, N]; None: no gates but pre."""
 
+def enter_backward(
+    x: Tensor,
+    fn: Tensor,
+    base: Tensor,
+    scale: Tensor,
+    norm: Tensor | None,
+    rms_eps: float,
+    eps: float,
+    iterations: int,
+    dy: Tensor,
+    dgates: Tensor | None,
+    dx: Tensor,
+    dfn: Tensor,
+    dbase: Tensor,
+    dscale: Tensor,
+    dnorm: Tensor | None,
+) -> None:
+    """The gradients of all that `enter` reads, from those of y and gates."""
+
 def leave(y: Tensor, x: Tensor, gates: Tensor, out: Tensor) -> None: ...
+def leave_backward(
+    y: Tensor, x: Tensor, gates: Tensor, dout: Tensor, dy: Tensor, dx: Tensor, dgates: Tensor
+) -> None: ...
 def rounding(kind: int, block: int, x: Tensor, y: Tensor) -> None:
     """Rows x [..., D] rounded to FP8 (0) or FP4 (1), a scale for `block` values, or times a Hadamard matrix (2)."""
 
