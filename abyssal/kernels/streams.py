@@ -97,7 +97,7 @@ class _Enter(torch.autograd.Function):
         return _enter(fast, streams_TND, fn, base, scale, norm_D, numbers)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, dx_TD: Tensor, dgates: Tensor | None) -> tuple[Tensor | None, ...]:
         entering = ctx.saved_tensors
         grads = [None if x is None else torch.empty_like(x) for x in entering]
@@ -166,7 +166,7 @@ class _Leave(torch.autograd.Function):
         return _leave(fast, *leaving)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, dout_TND: Tensor) -> tuple[Tensor | None, ...]:
         grads = [torch.empty_like(x) for x in ctx.saved_tensors]
         ctx.fast.leave_backward(*ctx.saved_tensors, dout_TND.contiguous(), *grads)
@@ -179,7 +179,7 @@ def leave(y_TD: Tensor, streams_TND: Tensor, gates: Tensor) -> Tensor:
     if fast is None or streams_TND.shape[1] > MOST_STREAMS:
         return leave_reference(y_TD, streams_TND, gates)
     leaving = y_TD.contiguous(), streams_TND.contiguous(), gates
-    return _Leave.apply(fast, *leaving) if learning(*leaving) else _leave(fast, *leaving)  # type: ignore[no-untyped-call, no-any-return]
+    return _Leave.apply(fast, *leaving) if learning(*leaving) else _leave(fast, *leaving)  # type: ignore[no-untyped-call]
 
 
 def collapse_reference(
@@ -203,4 +203,4 @@ def collapse(
     if fast is None or streams_TND.shape[1] > MOST_STREAMS:
         z_TD = collapse_reference(streams_TND, fn, base, scale, rms_eps, eps)
         return z_TD if norm_D is None else rms_norm(z_TD, norm_D, rms_eps)
-    return _run(fast, entering, (rms_eps, eps, 0))[0]  # type: ignore[no-any-return]
+    return _run(fast, entering, (rms_eps, eps, 0))[0]

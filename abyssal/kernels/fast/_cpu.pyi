@@ -79,8 +79,26 @@ def experts(
     limit: float,
     block: int,
     y: Tensor,
+    kept: tuple[Tensor, ...] | None,
 ) -> None:
-    """Rows x [T, D] through their experts chosen [T, K], summed with gains [T, K], and the shared one; y [T, D]."""
+    """Rows x [T, D] through their experts chosen [T, K], summed with gains [T, K], and the shared one; y [T, D].
+
+    `kept` takes gates and ups of the routed experts, [T * K, F] sorted by expert, and those of the shared one.
+    """
+
+def experts_backward(
+    routed: tuple[Tensor, ...],
+    shared: tuple[Tensor, ...] | None,
+    x: Tensor,
+    gains: Tensor,
+    chosen: Tensor,
+    limit: float,
+    block: int,
+    dy: Tensor,
+    dx: Tensor,
+    dgains: Tensor,
+) -> None:
+    """Gradients from dy; `routed` and `shared`: w1, w3, w2, what was kept of gate and up, then dw1, dw3, dw2."""
 
 def swiglu(gate: Tensor, up: Tensor, gains: Tensor | None, limit: float, y: Tensor) -> None:
     """Rows [R, F] of gate and up, clamped, activated and multiplied, times gains [R]."""
