@@ -47,6 +47,7 @@ $(VENV)/.installed-test: $(VENV)/.torch $(SOURCES)
 native: $(VENV)/.installed-test
 	$(BIN)/python -m pip install --quiet scikit-build-core nanobind
 	$(BIN)/python -m pip install --quiet --no-build-isolation --no-deps --editable . -C build-dir=build/native
+	@$(BIN)/python -c "import abyssal.kernels.fast._cpu" || { echo "the C++ sources do not compile: see build/native" >&2; exit 1; }
 
 # The checking program under address and undefined-behaviour sanitizers.
 sanitize:

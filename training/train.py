@@ -12,9 +12,10 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -107,12 +108,14 @@ class Balance:
             gate = getattr(module, "gate", None)
             if isinstance(gate, Gate) and gate.bias is not None:
                 self.loads[gate] = torch.zeros(gate.weight.shape[0])
-                experts = module.experts
-                assert isinstance(experts, Experts)
-                experts.register_forward_pre_hook(lambda _, args, gate=gate: self._count(gate, args[2]))
+                gate.route = partial(self._route, gate, gate.route)  # type: ignore[method-assign]
 
-    def _count(self, gate: Gate, chosen: Tensor) -> None:
-        self.loads[gate] += torch.bincount(chosen.flatten(), minlength=len(self.loads[gate]))
+    def _route(
+        self, gate: Gate, route: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]], x_TD: Tensor, ids_T: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        weights_TK, chosen_TK = route(x_TD, ids_T)
+        self.loads[gate] += torch.bincount(chosen_TK.flatten(), minlength=len(self.loads[gate]))
+        return weights_TK, chosen_TK
 
     def step(self, speed: float) -> float:
         """Update every bias; the worst overload, max / mean - 1."""

@@ -111,19 +111,28 @@ def extension() -> ModuleType | None:
     return _module
 
 
-def native_for(*tensors: Tensor | None) -> ModuleType | None:
-    """The extension module for float32 tensors on the CPU that need no gradient, or None for the reference.
+def native_for(*tensors: Tensor | None, backward: bool = False) -> ModuleType | None:
+    """The extension module for float32 tensors on the CPU, or None for the reference.
 
     Whether they are dense does not count: it may depend on the number of rows, and a row's bits must not.
+
+    Args:
+        backward: the caller has a way back for gradients; without one, a tensor that needs a gradient takes the
+            reference.
     """
     module = native()
     if module is None:
         return None
-    learning = torch.is_grad_enabled()
+    refused = not backward and torch.is_grad_enabled()
     for x in tensors:
-        if x is not None and (x.dtype is not torch.float32 or not x.is_cpu or (learning and x.requires_grad)):
+        if x is not None and (x.dtype is not torch.float32 or not x.is_cpu or (refused and x.requires_grad)):
             return None
     return module
+
+
+def learning(*tensors: Tensor | None) -> bool:
+    """Whether gradients are recorded for one of them."""
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
 
 
 @contextmanager

@@ -37,7 +37,29 @@ def enter(
 ) -> None:
     """Streams x [T, N, D] to y [T, D] and gates: all post [T, N], then all mixes [T, N, N]; None: no gates but pre."""
 
+def enter_backward(
+    x: Tensor,
+    fn: Tensor,
+    base: Tensor,
+    scale: Tensor,
+    norm: Tensor | None,
+    rms_eps: float,
+    eps: float,
+    iterations: int,
+    dy: Tensor,
+    dgates: Tensor | None,
+    dx: Tensor,
+    dfn: Tensor,
+    dbase: Tensor,
+    dscale: Tensor,
+    dnorm: Tensor | None,
+) -> None:
+    """The gradients of all that `enter` reads, from those of y and gates."""
+
 def leave(y: Tensor, x: Tensor, gates: Tensor, out: Tensor) -> None: ...
+def leave_backward(
+    y: Tensor, x: Tensor, gates: Tensor, dout: Tensor, dy: Tensor, dx: Tensor, dgates: Tensor
+) -> None: ...
 def rounding(kind: int, block: int, x: Tensor, y: Tensor) -> None:
     """Rows x [..., D] rounded to FP8 (0) or FP4 (1), a scale for `block` values, or times a Hadamard matrix (2)."""
 
@@ -57,8 +79,26 @@ def experts(
     limit: float,
     block: int,
     y: Tensor,
+    kept: tuple[Tensor, ...] | None,
 ) -> None:
-    """Rows x [T, D] through their experts chosen [T, K], summed with gains [T, K], and the shared one; y [T, D]."""
+    """Rows x [T, D] through their experts chosen [T, K], summed with gains [T, K], and the shared one; y [T, D].
+
+    `kept` takes gates and ups of the routed experts, [T * K, F] sorted by expert, and those of the shared one.
+    """
+
+def experts_backward(
+    routed: tuple[Tensor, ...],
+    shared: tuple[Tensor, ...] | None,
+    x: Tensor,
+    gains: Tensor,
+    chosen: Tensor,
+    limit: float,
+    block: int,
+    dy: Tensor,
+    dx: Tensor,
+    dgains: Tensor,
+) -> None:
+    """Gradients from dy; `routed` and `shared`: w1, w3, w2, what was kept of gate and up, then dw1, dw3, dw2."""
 
 def swiglu(gate: Tensor, up: Tensor, gains: Tensor | None, limit: float, y: Tensor) -> None:
     """Rows [R, F] of gate and up, clamped, activated and multiplied, times gains [R]."""

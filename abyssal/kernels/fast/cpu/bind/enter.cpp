@@ -1,6 +1,4 @@
-#include "ops/streams.hpp"
-
-#include "bind/bind.hpp"
+#include "bind/site.hpp"
 
 namespace abyssal {
 
@@ -10,23 +8,11 @@ void bind_enter(nb::module_& m) {
       [](const Array& x, const Array& fn, const Array& base, const Array& scale, nb::object norm, double rms_eps,
          double eps, int iterations, const Array& y, nb::object gates) {
         EnterArgs a{};
-        a.x = x.as<float>("x", {-1, -1, -1});
-        a.tokens = x.shape[0], a.streams = x.shape[1], a.width = x.shape[2];
-        if (a.streams < 1 || a.streams > most_streams) throw nb::value_error("1 to 8 streams");
-        const bool mixed = !gates.is_none();
-        const std::int64_t n = a.streams, rows = mixed ? (2 + n) * n : n;
-        a.fn = fn.as<float>("fn", {rows, n * a.width});
-        a.base = base.as<float>("base", {rows});
-        a.scale = scale.as<float>("scale", {mixed ? 3 : 1});
-        if (!norm.is_none()) a.norm = nb::cast<Array>(norm).as<float>("norm", {a.width});
-        a.rms_eps = static_cast<float>(rms_eps);
-        a.eps = static_cast<float>(eps);
-        a.iterations = iterations;
+        set_site(a, x, fn, base, scale, norm, rms_eps, eps, iterations, !gates.is_none());
         a.y = y.as<float>("y", {a.tokens, a.width});
-        if (mixed) {
-          // one array: post of all tokens, then mix of all tokens
-          a.post = nb::cast<Array>(gates).as<float>("gates", {a.tokens * n * (1 + n)});
-          a.mix = a.post + a.tokens * n;
+        if (a.mixed) {
+          a.post = gates_of(a, gates, "gates");
+          a.mix = a.post + a.tokens * a.streams;
         }
         ABYSSAL_CALL(enter, a);
       },

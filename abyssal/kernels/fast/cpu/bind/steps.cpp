@@ -38,6 +38,8 @@ Site site_of(const nb::tuple& parts) {
   s.rms_eps = nb::cast<float>(parts[4]);
   s.eps = nb::cast<float>(parts[5]);
   s.iterations = nb::cast<int>(parts[6]);
+  if (s.iterations < 1) throw nb::value_error("iterations must be positive");
+  s.mixed = true;
   return s;
 }
 

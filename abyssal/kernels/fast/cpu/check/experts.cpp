@@ -23,7 +23,7 @@ void check_experts(const Kernels& kernels) {
         for (auto& e : chosen) e = random_below(experts);
         std::vector<float> got(x.size()), want(x.size());
         ExpertsArgs a{routed, shared ? one : ExpertWeights{}, tokens, k, x.data(), gains.data(), chosen.data(), 2.0f,
-                      block, got.data()};
+                      block, got.data(), {}, {}};
         kernels.experts(a);
         a.y = want.data();
         plain().experts(a);

@@ -15,6 +15,12 @@ struct ExpertWeights {
   std::int64_t matrices;  // 0: there are none
 };
 
+// Where gates and ups [rows, inner] are kept for the way back, before clamp and activation; null: they are not.
+struct Kept {
+  float* gate;
+  float* up;
+};
+
 struct ExpertsArgs {
   ExpertWeights routed, shared;
   std::int64_t tokens, k;
@@ -24,6 +30,8 @@ struct ExpertsArgs {
   float limit;                 // of the clamp
   std::int64_t block;          // round what enters a product to FP8, a scale for so many values; 0: do not
   float* y;                    // [tokens, width]
+  Kept kept_routed;            // rows sorted by expert, of one expert by token
+  Kept kept_shared;            // rows are tokens
 };
 
 }  // namespace abyssal

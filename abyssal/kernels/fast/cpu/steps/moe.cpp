@@ -20,7 +20,8 @@ void moe_step(const Kernels& k, const MoeWeights& w, std::int64_t tokens, const 
   w.gate.multiply(k, entered.x.get(), tokens, logits.get());
   k.route({tokens, experts, w.k, logits.get(), w.bias, w.table ? given.get() : nullptr, w.scale, gains.get(),
            chosen.get()});
-  k.experts({w.routed, w.shared, tokens, w.k, entered.x.get(), gains.get(), chosen.get(), w.limit, w.block, y.get()});
+  k.experts({w.routed, w.shared, tokens, w.k, entered.x.get(), gains.get(), chosen.get(), w.limit, w.block, y.get(),
+             {}, {}});
   entered.leave(k, w.site, y.get(), streams, tokens, out);
 }
 

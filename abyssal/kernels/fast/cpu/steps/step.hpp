@@ -56,22 +56,16 @@ class Rounded {
   const float* x_;
 };
 
-// Where a sublayer meets the streams.
-struct Site {
-  std::int64_t streams, width;
-  const float *fn, *base, *scale, *norm;
-  float rms_eps, eps;
-  int iterations;
-};
-
-// A sublayer's input, and what is needed to add its output.
+// A sublayer's input, and what is needed to add its output; of the site, tokens and streams are those of the pass.
 struct Entered {
   Values x, post, mix;
 
   Entered(const Kernels& kernels, const Site& s, const float* streams, std::int64_t tokens)
       : x(tokens * s.width), post(tokens * s.streams), mix(tokens * s.streams * s.streams) {
-    kernels.enter({tokens, s.streams, s.width, streams, s.fn, s.base, s.scale, s.norm, s.rms_eps, s.eps, s.iterations,
-                   x.get(), post.get(), mix.get()});
+    EnterArgs args{s, x.get(), post.get(), mix.get()};
+    args.tokens = tokens;
+    args.x = streams;
+    kernels.enter(args);
   }
   void leave(const Kernels& kernels, const Site& s, const float* y, const float* streams, std::int64_t tokens,
              float* out) const {
