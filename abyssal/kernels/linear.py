@@ -106,14 +106,15 @@ def linear_reference(x: Tensor, weight: Tensor, scale: Tensor | None = None) -> 
     spare = -rows % row_unit(x.dtype)
     if spare:
         flat = F.pad(flat, (0, 0, 0, spare))
-    if scale is None:
-        y = _product(flat, weight if weight.dtype == x.dtype else weight.to(x.dtype))
+    if scale is None and weight.dtype == x.dtype:
+        y = _product(flat, weight)
     elif out_features * columns <= BAND_ELEMENTS:
         y = _product(flat, dequantise(weight, scale, x.dtype))
     else:
         band = max(BAND_ELEMENTS // columns // ROW_BLOCK, 1) * ROW_BLOCK
         scale_band = band // ROW_BLOCK if weight.dtype == torch.float8_e4m3fn else band
-        parts = zip(weight.split(band), scale.split(scale_band), strict=True)
+        weights = weight.split(band)
+        parts = zip(weights, [None] * len(weights) if scale is None else scale.split(scale_band), strict=True)
         y = torch.cat([_product(flat, dequantise(w, s, x.dtype)) for w, s in parts], dim=-1)
     if spare:
         y = y[:rows]

@@ -85,6 +85,9 @@ class Packed:
         handle: what the native kernels take.
     """
 
+    _scales: Tensor | None
+    _scale: Tensor | None
+
     def __init__(self, weight: Tensor, scale: Tensor | None = None, *, in_place: bool = False):
         self._describe(weight, scale, weight.shape)
         data = _bytes(weight)
@@ -135,8 +138,8 @@ class Packed:
         self.shape = torch.Size([*shape[:-1], shape[-1] * (2 if found == "float4" else 1)])
         self._fast = fast
         self._like = (weight.dtype, shape)
-        self._scales: Tensor | None = None
-        self._scale: Tensor | None = None
+        self._scales = None
+        self._scale = None
 
     def _room(self) -> Tensor:
         return torch.empty(self._blocks * STRIP * GROUP * _BITS[self.format] // 8, dtype=torch.uint8)

@@ -42,15 +42,19 @@ class PackedModule(nn.Module):
         """The way back."""
         return tensor
 
-    def pack(self) -> None:
-        """Pack the weights that native kernels can read; those that record gradients stay."""
+    def pack(self, in_place: bool = False) -> None:
+        """Pack the weights that native kernels can read; those that record gradients stay.
+
+        Args:
+            in_place: reorder the memory of the parameters, which nobody else may use then.
+        """
         for name, scale_name in self.pairs:
             weight, scale = getattr(self, name), getattr(self, scale_name)
             if weight is None:
                 continue
             shaped = self._shaped(weight), None if scale is None else self._shaped(scale)
             if packable(*shaped):
-                self._keep({name: Packed(*shaped)})
+                self._keep({name: Packed(*shaped, in_place=in_place)})
 
     def _keep(self, packed: dict[str, Packed]) -> None:
         self.packed.update(packed)

@@ -19,7 +19,7 @@ def read(data: Tensor) -> int:
     """Sum of the array's 8-byte words, modulo 2**64: one pass over the memory, which others are measured against."""
 
 def pack(
-    format: int,
+    format: int,  # noqa: A002
     matrices: int,
     outputs: int,
     inputs: int,
