@@ -275,11 +275,16 @@ class Load:
         running: answers that are being made.
         waiting: answers that wait for memory.
         cache_used: share of the cache's memory that is taken, 0 to 1.
+        expert_hits, expert_misses, expert_bytes: experts that were in memory or read from disk, and the bytes of
+            the latter so far; None where all are in memory.
     """
 
     running: int = 0
     waiting: int = 0
     cache_used: float = 0.0
+    expert_hits: int | None = None
+    expert_misses: int | None = None
+    expert_bytes: int | None = None
 
 
 class Completer(Protocol):

@@ -128,7 +128,9 @@ class LocalCompleter:
     def load(self) -> Load:
         """What the engine is busy with; read beside its thread, so perhaps a step old."""
         pages = self.engine.memory.pages
-        return Load(self.engine.running, self.engine.waiting, 1 - pages.free / max(pages.count, 1))
+        use = self.engine.expert_use
+        experts = (use.hits, use.misses, use.bytes_read) if use is not None else ()
+        return Load(self.engine.running, self.engine.waiting, 1 - pages.free / max(pages.count, 1), *experts)
 
     def interrupt(self) -> None:
         """End everything that runs."""

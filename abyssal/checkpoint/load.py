@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from abyssal.base.errors import CheckpointError
 from abyssal.checkpoint.release import Release
 from abyssal.kernels.linear import dequantise
-from abyssal.model.linear import Linear
+from abyssal.model.linear import Linear, PackedModule
 from abyssal.model.moe import EXPERT_WEIGHTS, Experts
 from abyssal.model.transformer import Embedding, Transformer
 from abyssal.quant.numerics import Numerics
@@ -43,13 +43,21 @@ def load_model(
     return model.eval()
 
 
-def fill(module: nn.Module, prefix: str, release: Release, dtype: torch.dtype, keep_stored: bool) -> None:
+def fill(
+    module: nn.Module,
+    prefix: str,
+    release: Release,
+    dtype: torch.dtype,
+    keep_stored: bool,
+    pack: bool = False,
+) -> None:
     """Replace every parameter and table of `module`, made on the meta device, by the release's.
 
     Matrices take `dtype`; norms, sinks, biases, ape and mHC, which are used in float32, keep at least that.
 
     Args:
         prefix: of the module's names in the release, such as "layers.3.".
+        pack: pack each weight as it comes, where native kernels run, so that none is held twice.
     """
     for path, child in module.named_modules():
         name = f"{prefix}{path}." if path else prefix
@@ -67,6 +75,9 @@ def fill(module: nn.Module, prefix: str, release: Release, dtype: torch.dtype, k
             else:
                 weight = weight.to(dtype if parameter.dim() == 2 and leaf == "weight" else wide_dtype(dtype))
             setattr(child, leaf, nn.Parameter(weight, requires_grad=False))
+            del weight, scale
+        if pack and isinstance(child, PackedModule):
+            child.pack(in_place=True)
         for leaf, buffer in list(child.named_buffers(recurse=False)):
             if leaf == "tid2eid" and buffer is not None:
                 table = release.shards.read(name + leaf).long()

@@ -1,7 +1,7 @@
 """Run a release larger than memory: one block at a time, one expert at a time, from disk.
 
 The order is layer by layer, and inside a layer chunk by chunk, so each block is read once for a pass and each
-expert once for a chunk. The equations are those of `abyssal.model`; only `DiskExperts.expert` differs.
+expert once for a chunk. The equations are those of `abyssal.model`; only where weights come from differs.
 """
 
 from __future__ import annotations
@@ -14,10 +14,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from abyssal.arch.config import ModelConfig
 from abyssal.base.errors import InputError, TokenError
 from abyssal.base.files import write_aside
 from abyssal.base.progress import Progress
+from abyssal.checkpoint.disk_model import DiskEmbedding, DiskExperts
+from abyssal.checkpoint.expert_cache import ExpertCache, expert_bytes, staging_bytes
 from abyssal.checkpoint.load import fill
 from abyssal.checkpoint.release import Release
 from abyssal.kernels.linear import BAND_ELEMENTS, dequantise
@@ -26,7 +27,6 @@ from abyssal.kvcache.sequence import SequenceCache
 from abyssal.model.batch import Batch
 from abyssal.model.block import Block
 from abyssal.model.mhc import collapse_head
-from abyssal.model.moe import EXPERT_WEIGHTS, Experts
 from abyssal.model.mtp import MTPBlock
 from abyssal.model.rope import Rope
 from abyssal.model.transformer import check_ids
@@ -35,23 +35,7 @@ from abyssal.quant.precision import wide, wide_dtype
 
 BASE_BYTES = 400 * 2**20  # the interpreter with torch loaded
 LARGEST_CHUNK = 2048
-
-
-class DiskExperts(Experts):
-    """Routed experts that are read when a token chose them and dropped afterwards."""
-
-    def __init__(self, config: ModelConfig, numerics: Numerics, release: Release, prefix: str):
-        with torch.device("meta"):
-            super().__init__(config, numerics)
-        self._release = release
-        self._prefix = prefix
-        # nothing to fill: a real but empty weight tells `fill` so
-        for part in EXPERT_WEIGHTS:
-            setattr(self, part, torch.nn.Parameter(torch.empty(0), requires_grad=False))
-
-    def expert(self, number: int, name: str) -> tuple[Tensor, Tensor | None]:
-        """The stored weight of one expert and its scale, from disk."""
-        return self._release.stored(f"{self._prefix}{number}.{name}.weight")
+SLOTS = 6  # experts that are there or on their way
 
 
 @dataclass(frozen=True)
@@ -87,8 +71,10 @@ def plan_stream(release: Release, tokens: int, dtype: torch.dtype, max_memory: i
     streams = 3 * tokens * c.hc_mult * c.hidden_size * item
     cache = tokens * c.head_dim * item // 2
     expert = 4 * c.moe_intermediate_size * c.hidden_size * item
+    cached = SLOTS * expert_bytes(release) + staging_bytes(release)
     grouped = c.num_attention_heads * c.head_dim * c.o_lora_rank * item
-    fixed = BASE_BYTES + max(blocks.values()) + streams + cache + max(expert, 2 * grouped, 2 * BAND_ELEMENTS * item)
+    largest = max(expert, 2 * grouped, 2 * BAND_ELEMENTS * item)
+    fixed = BASE_BYTES + max(blocks.values()) + streams + cache + cached + largest
     heads = c.num_attention_heads * c.head_dim
     per_token = item * (8 * heads + 24 * c.hidden_size + c.num_experts_per_tok * 6 * c.moe_intermediate_size)
     per_token += item * 3 * (c.index_n_heads * (c.index_head_dim + tokens // 4) if 4 in c.backbone_ratios else 0)
@@ -168,20 +154,18 @@ class _Stream:
     def __init__(self, release: Release, dtype: torch.dtype, numerics: Numerics, silent: bool):
         self.release, self.dtype, self.numerics, self.silent = release, dtype, numerics, silent
         self.c = release.config
+        self.experts = ExpertCache(release, SLOTS, dtype)
+        self.embed = DiskEmbedding(self.c, release)
         # arrays are handed out as they are touched, and given back layer by layer
         self.cache = SequenceCache(Memory(self.c, numerics, dtype=dtype))
 
     def _block(self, block: Block, prefix: str) -> Block:
-        block.ffn.experts = DiskExperts(self.c, self.numerics, self.release, f"{prefix}ffn.experts.")
+        block.ffn.experts = DiskExperts(self.c, self.numerics, self.experts, f"{prefix}ffn.experts.")
         fill(block, prefix, self.release, self.dtype, keep_stored=True)
         return block.eval()
 
-    def _embed(self, ids_T: Tensor) -> Tensor:
-        rows = [self.release.shards.read_rows("embed.weight", i, i + 1) for i in ids_T.tolist()]
-        return torch.cat(rows).to(self.dtype)
-
     def backbone(self, ids_T: Tensor, lengths: list[int]) -> Tensor:
-        streams_TND = self._embed(ids_T).unsqueeze(1).repeat(1, self.c.hc_mult, 1)
+        streams_TND = self.embed(ids_T).to(self.dtype).unsqueeze(1).repeat(1, self.c.hc_mult, 1)
         memory = self.cache.memory
         self.cache.reserve(len(ids_T))
         with Progress(self.c.num_hidden_layers, "layers", "streaming", silent=self.silent) as progress:
@@ -222,7 +206,8 @@ class _Stream:
                 following = batch.pad(ids_T[first + 1 : last + 1])
                 states = batch.pad(streams_TND[first:last])
                 memory = self.cache.memory.mtp[0]
-                z, _ = block.predict(states, self._embed(following), following, batch, memory, rope)
+                embedded = self.embed(following).to(self.dtype)
+                z, _ = block.predict(states, embedded, following, batch, memory, rope)
                 parts.append(z[: last - first])
             first += length
         return torch.cat(parts)

@@ -14,7 +14,12 @@ if TYPE_CHECKING:
 
 
 def open_local(
-    model: str, snapshot: Snapshot, *, cache_memory: str | None = None, disk_cache: bool = True
+    model: str,
+    snapshot: Snapshot,
+    *,
+    cache_memory: str | None = None,
+    max_memory: str | None = None,
+    disk_cache: bool = True,
 ) -> LocalCompleter:
     """A model in this process.
 
@@ -22,6 +27,7 @@ def open_local(
         model: a folder, or the bundled model.
         snapshot: whose encoding it knows.
         cache_memory: a size such as 2GiB.
+        max_memory: the same for the whole process, which then reads experts from disk.
         disk_cache: whether prefixes are kept on disk too.
     Raises:
         InputError: as `open_model`.
@@ -29,7 +35,8 @@ def open_local(
     from abyssal.chat.local import LocalCompleter
 
     budget = parse_bytes(cache_memory) if cache_memory else None
-    tokenizer, engine = open_model(model, cache_bytes=budget, disk=disk_cache)
+    limit = parse_bytes(max_memory) if max_memory else None
+    tokenizer, engine = open_model(model, cache_bytes=budget, max_memory=limit, disk=disk_cache)
     return LocalCompleter(engine, tokenizer, model.rstrip("/").rsplit("/", 1)[-1], snapshot)
 
 

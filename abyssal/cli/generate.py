@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from abyssal.base.errors import InputError
+from abyssal.base.errors import InputError, RunError
 from abyssal.base.progress import Progress
 from abyssal.cli.models import BUNDLED, open_model, parse_bytes, parse_ids, read_text
 
@@ -31,6 +32,7 @@ def generate(
     drafts: Annotated[int, typer.Option(help="Tokens that the MTP block drafts; the answer stays the same.")] = 0,
     mode: Annotated[str, typer.Option(help="exact, fake or packed.")] = "exact",
     cache_memory: Annotated[str | None, typer.Option(help="Memory of the cache, such as 2GiB.")] = None,
+    max_memory: Annotated[str | None, typer.Option(help="Memory of the process; experts stay on disk.")] = None,
     disk_cache: Annotated[bool, typer.Option(help="Keep prompts on disk, to reuse them later.")] = True,
     policy: Annotated[str, typer.Option(help="Where window entries are kept: full, periodic or zero.")] = "periodic",
     json_out: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
@@ -52,7 +54,10 @@ def generate(
     before = read_text(context) if context is not None else None
     text = read_text(file) if file is not None else prompt or ""
     budget = parse_bytes(cache_memory) if cache_memory else None
-    tokenizer, engine = open_model(model, cache_bytes=budget, disk=disk_cache, policy=policy, mode=mode)
+    limit = parse_bytes(max_memory) if max_memory else None
+    tokenizer, engine = open_model(
+        model, cache_bytes=budget, max_memory=limit, disk=disk_cache, policy=policy, mode=mode
+    )
     pieces = [Piece(BOS, special=True)] if ids is None or before is not None else []
     if before is not None:
         pieces.append(Piece(before))
@@ -74,7 +79,7 @@ def generate(
         out = []
         for event in events:
             if event.token is None:
-                raise RuntimeError(event.error or "the request was cancelled")
+                raise RunError(event.error or "the request was cancelled")
             out.append(shown.add(event.token))
             if not json_out and not stop:
                 print(out[-1], end="", flush=True)
@@ -102,4 +107,6 @@ def generate(
         "drafted_tokens": record.drafted,
         "accepted_tokens": record.accepted,
     }
+    if engine.expert_use is not None:
+        result |= {f"expert_{name}": value for name, value in asdict(engine.expert_use).items()}
     print(json.dumps(result, ensure_ascii=False))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from abyssal.arch.config import ModelConfig
 from abyssal.arch.presets import PRESETS, preset
@@ -80,22 +80,31 @@ def open_disk_cache() -> DiskCache:
 
 
 def open_model(
-    name: str, *, cache_bytes: int | None = None, disk: bool = True, policy: str = "periodic", mode: str = "exact"
+    name: str,
+    *,
+    cache_bytes: int | None = None,
+    max_memory: int | None = None,
+    disk: bool = True,
+    policy: str = "periodic",
+    mode: str = "exact",
 ) -> tuple[Tokenizer, Engine]:
-    """A release in memory: with weights as stored where native kernels run or memory is short, else as float32.
+    """A release in memory, with weights as stored where native kernels run or memory is short, else as float32; or
+    with its experts on disk.
 
     Args:
         name: a folder, or the bundled model.
-        cache_bytes: for the cache of all requests; by default half of what is free.
+        cache_bytes: for the cache of all requests; by default half of what is free, or a small part of `max_memory`.
+        max_memory: bytes of the whole process: experts are read from disk, and as many kept as there is room for.
         disk: whether prefixes are kept on disk too.
         policy: where window entries are kept.
         mode: numerics.
 
     Raises:
-        InputError: there is no such folder, or not even the stored weights fit.
+        InputError: there is no such folder, or not even the stored weights fit, or those beside the experts.
         CheckpointError, ConfigError: the release is wrong.
     """
     from abyssal.arch.tensors import parameters, totals
+    from abyssal.checkpoint.disk_model import load_from_disk, plan_disk
     from abyssal.checkpoint.identity import identity_of
     from abyssal.checkpoint.load import load_model
     from abyssal.checkpoint.release import Release
@@ -113,21 +122,27 @@ def open_model(
     specs = release.specs.values()
     stored = totals(specs).nbytes
     room = this_machine().memory_available
-    if stored > room:
+    options: dict[str, Any] = {"budget": cache_bytes}
+    if max_memory is not None:
+        plan = plan_disk(release, numerics, max_memory, cache_bytes)
+        model, experts = load_from_disk(release, plan.slots, numerics=numerics)
+        options = {"budget": plan.cache, "slots": plan.sequences, "step_tokens": plan.tokens, "expert_use": experts.use}
+    elif stored > room:
         raise InputError(
             f"{name} holds {stored / 2**30:.1f} GiB of weights, {room / 2**30:.1f} GiB of memory are free:"
-            " use `abyssal logits --max-memory`, which reads them layer by layer"
+            " give --max-memory, which reads experts from disk as they are used"
         )
-    # native kernels read a stored weight sooner than its values; the bits are the same
-    keep = native() is not None or 4 * parameters(specs) > room
-    model = load_model(release, numerics=numerics, keep_stored=keep)
+    else:
+        # native kernels read a stored weight sooner than its values; the bits are the same
+        keep = native() is not None or 4 * parameters(specs) > room
+        model = load_model(release, numerics=numerics, keep_stored=keep)
     cache = open_disk_cache() if disk else None
     engine = Engine(
         model,
-        budget=cache_bytes,
         prefix=lambda memory: PrefixCache(memory, identity_of(folder), policy=policy, disk=cache),
         grammars=lambda: GrammarCompiler(folder / "tokenizer.json", model.config.vocab_size, tokenizer.special(EOS)),
         token_bytes=tokenizer.token_bytes,
+        **options,
     )
     return tokenizer, engine
 

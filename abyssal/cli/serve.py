@@ -57,6 +57,7 @@ def serve(
     context: Annotated[int | None, typer.Option(help="The upstream's context, if it does not say.", min=1)] = None,
     snapshot: Annotated[str, typer.Option(help="Whose encoding the model knows: april or 0731.")] = "april",
     cache_memory: Annotated[str | None, typer.Option(help="Memory of the cache, such as 2GiB.")] = None,
+    max_memory: Annotated[str | None, typer.Option(help="Memory of the process; experts stay on disk.")] = None,
     disk_cache: Annotated[bool, typer.Option(help="Keep prompts on disk, to reuse them later.")] = True,
     legacy_names: Annotated[bool, typer.Option(help="Answer to deepseek-chat and deepseek-reasoner.")] = True,
     strict: Annotated[bool, typer.Option(help="Refuse missing reasoning as the vendor does; do not repair.")] = False,
@@ -76,6 +77,8 @@ def serve(
     known = snapshot_of(snapshot)
     if upstream is None and (upstream_model or tokenizer or context):
         raise InputError("--upstream-model, --tokenizer and --context are about an upstream: give --upstream URL")
+    if upstream is not None and max_memory:
+        raise InputError("--max-memory is about a model in this process: leave out --upstream")
     allowed = _keys(api_key or [], api_keys_file)
     if not _loopback(host) and not allowed:
         raise InputError(f"{host} can be reached from elsewhere: give --api-key, or serve on 127.0.0.1")
@@ -111,7 +114,9 @@ def serve(
         )
         model = f"{completer.model} at {upstream}"
     else:
-        completer = open_local(model, known, cache_memory=cache_memory, disk_cache=disk_cache)
+        completer = open_local(
+            model, known, cache_memory=cache_memory, max_memory=max_memory, disk_cache=disk_cache
+        )
     url = f"http://{host}:{listening.getsockname()[1]}"
     print(f"listening on {url}", flush=True)
     print(f"{model}: web chat at {url}/, routes at {url}/docs; Ctrl-C ends. Try:\n  {_example(url, completer.model)}",

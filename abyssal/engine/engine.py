@@ -19,8 +19,9 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from abyssal.base.errors import CapacityError, ContextError, InputError, TokenError
+from abyssal.base.errors import CapacityError, CheckpointError, ContextError, InputError, TokenError
 from abyssal.base.machine import this_machine
+from abyssal.checkpoint.expert_cache import ExpertUse
 from abyssal.engine import speculative
 from abyssal.engine.answer import Running
 from abyssal.engine.grammar import GrammarCompiler
@@ -89,13 +90,14 @@ class Engine:
     """Requests in, events out. Not thread-safe: one thread adds, steps and cancels.
 
     Args:
-        model: the model, in memory.
+        model: the model, in memory or with its experts on disk.
         budget: bytes for pages and slots; by default half of the free memory.
         slots: sequences that may run at once.
         step_tokens: tokens of a step, over all requests.
         prefix: makes the prefix cache over the engine's memory, or None for no reuse.
         grammars: makes the compiler of grammars, when the first one comes; None if requests may have none.
         token_bytes: bytes of a token, which stop strings need.
+        expert_use: what a model on disk counts of its experts.
 
     Raises:
         InputError: the budget holds not even one slot and one page.
@@ -111,8 +113,10 @@ class Engine:
         prefix: Callable[[Memory], PrefixCache] | None = None,
         grammars: Callable[[], GrammarCompiler] | None = None,
         token_bytes: Callable[[int], bytes] | None = None,
+        expert_use: ExpertUse | None = None,
     ):
         self.model = model
+        self.expert_use = expert_use
         self.runner = Runner(model)
         self.step_tokens = step_tokens
         self.memory = self._memory(budget, slots)
@@ -276,12 +280,18 @@ class Engine:
     # steps
 
     def step(self) -> list[Event]:
-        """One pass over what the scheduler plans; the tokens that it gave."""
+        """One pass over what the scheduler plans; the tokens that it gave.
+
+        Where weights on disk cannot be read, the requests of the pass fail, and the others go on.
+        """
         self._steps += 1
         self._admit()
         jobs = [self._job(run) for run in self._running.values()]
         works = plan(jobs, self.step_tokens, self.step_tokens)
-        drafts = self._drafts(works)
+        try:
+            drafts = self._drafts(works)
+        except CheckpointError as error:
+            return self._failed([self._running[work.number] for work in works if work.drafts > 0], error)
         works = self._reserved(works, drafts)
         if not works:
             return []
@@ -292,11 +302,22 @@ class Engine:
             run.served = self._steps
             ids.append([*run.tokens[cache.position : cache.position + work.tokens], *drafts.get(run.number, [])])
         with self.runner.working(sum(map(len, ids)), sum(cache.position for cache in caches)):
-            output = self.runner.run(caches, ids, watch=any(run.request.trace for run in runs))
+            try:
+                output = self.runner.run(caches, ids, watch=any(run.request.trace for run in runs))
+            except CheckpointError as error:
+                return self._failed(runs, error)
             for i, run in enumerate(runs):
                 if run.request.trace:
                     run.blocks = tuple(array("I", layer[i].tolist()) for layer in output.chosen)
             return self._after(runs, ids, output.z_TD, output.streams_TND)
+
+    def _failed(self, runs: Sequence[Running], error: CheckpointError) -> list[Event]:
+        """End answers whose pass broke off: their memory was written in part."""
+        return [
+            self._end(sibling, Event(run.request_number, sibling.choice, None, finish="failed", error=str(error)))
+            for run in runs
+            for sibling in [run, *run.siblings]
+        ]
 
     def _job(self, run: Running) -> Job:
         assert run.cache is not None

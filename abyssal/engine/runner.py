@@ -10,8 +10,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from abyssal.kernels.choice import native
 from abyssal.kvcache.sequence import SequenceCache
 from abyssal.model import Batch, Output, Transformer
+from abyssal.model.moe import Experts
 
 SMALL_PASS = 32  # tokens up to which threads cost more than they bring, in a small model
 SMALL_MODEL = 1 << 26  # parameters
@@ -22,13 +24,15 @@ class Runner:
     """Runs a model without gradients.
 
     A pass of few tokens through a small model runs on one thread: waking the others takes longer than the
-    work. The bits do not depend on it (`kernels.linear`).
+    work. Those that read experts from disk would hold up torch's other threads, while native kernels, which have
+    threads of their own, do the work. The bits do not depend on it (`kernels.linear`).
     """
 
     def __init__(self, model: Transformer):
         self.model = model
         self._threads = torch.get_num_threads()
-        self._small = model.size < SMALL_MODEL
+        from_disk = any(isinstance(module, Experts) and module.on_disk for module in model.modules())
+        self._small = model.size < SMALL_MODEL or (from_disk and native() is not None)
         model.pack()
 
     @contextmanager

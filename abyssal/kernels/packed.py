@@ -10,7 +10,6 @@ from types import ModuleType
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from abyssal.kernels.choice import extension, native
@@ -78,6 +77,7 @@ class Packed:
     Args:
         weight: [..., O, I] float32, bfloat16 or float8_e4m3fn, or packed FP4 (int8/uint8) [..., O, I/2].
         scale: its block scales, or None for a float weight.
+        in_place: reorder the weight's own memory where sizes allow; the caller gives the weight up.
 
     Attributes:
         shape: [..., O, I] in numbers, not bytes.
@@ -85,25 +85,71 @@ class Packed:
         handle: what the native kernels take.
     """
 
-    def __init__(self, weight: Tensor, scale: Tensor | None = None):
+    _scales: Tensor | None
+    _scale: Tensor | None
+
+    def __init__(self, weight: Tensor, scale: Tensor | None = None, *, in_place: bool = False):
+        self._describe(weight, scale, weight.shape)
+        data = _bytes(weight)
+        whole = self.shape[-2] % STRIP == 0 and self.shape[-1] % GROUP == 0
+        self._data = data if in_place and whole else self._room()
+        scales = _kernel_scales(self.format, scale)
+        self._scales = self._scales_room() if self.format == "float4" else scales  # FP8's are few, and stay as they are
+        if scale is not None:
+            self._scale = scale.detach() if self.format == "float8" else scale.new_empty(0)  # FP4: its type alone
+        self._fast.pack(*self._sizes, data, self._data, False, *self._packed_scales(scales))
+        self.handle = self._fast.Weight(*self._sizes, False, self._data, self._scales)
+
+    @classmethod
+    def empty(cls, count: int, weight: Tensor, scale: Tensor | None = None) -> Packed:
+        """Room for `count` matrices like this one, [O, I] with its scale; `put` fills it."""
+        self = cls.__new__(cls)
+        self._describe(weight, scale, torch.Size([count, *weight.shape]))
+        self._data = self._room()
+        if scale is not None:
+            size = 0 if self.format == "float4" else count
+            self._scale = scale.new_empty(size, *scale.shape)
+            self._scales = self._scales_room() if size == 0 else torch.empty(self._scale.numel())
+        self.handle = self._fast.Weight(*self._sizes, False, self._data, self._scales)
+        return self
+
+    def put(self, place: int, weight: Tensor, scale: Tensor | None = None) -> None:
+        """Pack one matrix over what is at `place`; other places may be used meanwhile.
+
+        Args:
+            weight: as stored, or its bytes. scale: as stored; of FP4 also its bytes.
+        """
+        count = self.matrices
+        scales = _kernel_scales(self.format, scale)
+        packed = None if self._scales is None else self._scales.view(count, -1)[place]
+        if scale is not None and scales is not None and packed is not None and self.format == "float8":
+            assert self._scale is not None
+            self._scale[place] = scale
+            packed.copy_(scales)
+        fp4 = (scales, packed) if self.format == "float4" else (None, None)
+        sizes = self._sizes[0], 1, *self._sizes[2:]
+        self._fast.pack(*sizes, _bytes(weight), self._data.view(count, -1)[place], False, *fp4)
+
+    def _describe(self, weight: Tensor, scale: Tensor | None, shape: torch.Size) -> None:
         found, fast = format_of(weight, scale), extension()
         if found is None or fast is None:
             raise ValueError(f"a weight of {weight.dtype} on {weight.device} cannot be packed here: see `packable`")
         self.format = found
-        self.shape = torch.Size([*weight.shape[:-1], weight.shape[-1] * (2 if found == "float4" else 1)])
+        self.shape = torch.Size([*shape[:-1], shape[-1] * (2 if found == "float4" else 1)])
         self._fast = fast
-        self._like = (weight.dtype, weight.shape)
-        self._data = torch.empty(self._blocks * STRIP * GROUP * _BITS[found] // 8, dtype=torch.uint8)
-        fast.pack(*self._sizes, _bytes(weight), self._data, False)
-        # FP4's scales are packed too; those of FP8 are few, and kept as they were beside
-        self._scales = _kernel_scales(found, scale)
-        self._scale = None if scale is None else scale.detach()
-        if found == "float4" and self._scales is not None and self._scale is not None:
-            E, O, groups = self.matrices, self.shape[-2], self._groups
-            rows = F.pad(self._scales.view(E, O, groups), (0, 0, 0, -O % STRIP))
-            self._scales = rows.view(E, -(-O // STRIP), STRIP, groups).transpose(2, 3).contiguous().view(-1)
-            self._scale = self._scale.new_empty(0)  # its type alone
-        self.handle = fast.Weight(*self._sizes, False, self._data, self._scales)
+        self._like = (weight.dtype, shape)
+        self._scales = None
+        self._scale = None
+
+    def _room(self) -> Tensor:
+        return torch.empty(self._blocks * STRIP * GROUP * _BITS[self.format] // 8, dtype=torch.uint8)
+
+    def _scales_room(self) -> Tensor:
+        return torch.empty(self._blocks * STRIP, dtype=torch.uint8)
+
+    def _packed_scales(self, stored: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+        """What `pack` takes beside the weight: FP4's scales, stored and packed."""
+        return (stored, self._scales) if self.format == "float4" else (None, None)
 
     @property
     def matrices(self) -> int:
@@ -131,13 +177,13 @@ class Packed:
         """The weight and its scale as they were before packing, in memory of their own."""
         dtype, shape = self._like
         weight = torch.empty(shape, dtype=dtype)
-        self._fast.pack(*self._sizes, weight.view(torch.uint8).view(-1), self._data, True)
-        if self._scales is None or self._scale is None or self.format == "float8":
-            return weight, self._scale
-        strips = -(-shape[-2] // STRIP)
-        rows = self._scales.view(self.matrices, strips, self._groups, STRIP).transpose(2, 3).flatten(1, 2)
-        scale = rows[:, : shape[-2]].contiguous().view(*shape[:-1], self._groups)
-        return weight, scale.view(self._scale.dtype)
+        fp4 = self.format == "float4"
+        scales = torch.empty(*shape[:-1], self._groups, dtype=torch.uint8) if fp4 else None
+        pair = self._packed_scales(None if scales is None else scales.view(-1))
+        self._fast.pack(*self._sizes, weight.view(torch.uint8).view(-1), self._data, True, *pair)
+        if scales is not None and self._scale is not None:
+            return weight, scales.view(self._scale.dtype)
+        return weight, None if self._scale is None else self._scale.clone()
 
     def __reduce__(self) -> Any:
         return Packed, self.stored()

@@ -44,15 +44,19 @@ class PackedModule(nn.Module):
         """The way back."""
         return tensor
 
-    def pack(self) -> None:
-        """Pack the weights that native kernels can read; those that record gradients stay."""
+    def pack(self, in_place: bool = False) -> None:
+        """Pack the weights that native kernels can read; those that record gradients stay.
+
+        Args:
+            in_place: reorder the memory of the parameters, which nobody else may use then.
+        """
         for name, scale_name in self.pairs:
             weight, scale = getattr(self, name), getattr(self, scale_name)
             if weight is None:
                 continue
             shaped = self._shaped(weight), None if scale is None else self._shaped(scale)
             if packable(*shaped):
-                self._keep({name: Packed(*shaped)})
+                self._keep({name: Packed(*shaped, in_place=in_place)})
 
     def _keep(self, packed: dict[str, Packed]) -> None:
         self.packed.update(packed)
@@ -149,9 +153,10 @@ class GroupedLinear(Linear):
     def _flat(self, tensor: Tensor) -> Tensor:
         return tensor.flatten(0, 1)
 
-    def pack(self) -> None:
-        if self._whole_tiles():
-            super().pack()
+    def pack(self, in_place: bool = False) -> None:
+        """As for every module, but for tiles that reach across groups."""
+        if self.packed or self._whole_tiles():
+            super().pack(in_place)
 
     def _whole_tiles(self) -> bool:
         """Whether no tile of FP8 reaches across groups."""

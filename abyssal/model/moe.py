@@ -54,9 +54,14 @@ class Gate(WideLinear):
 class Experts(PackedModule):
     """The routed experts, stacked: w1 (gate) and w3 (up) [E, F, D], w2 (down) [E, D, F].
 
-    A weight may be packed FP4 or FP8 with its scales in `w1_scale` and so on. `expert` is the one place
-    that looks up a single expert, so that a subclass can read it from disk instead.
+    A weight may be packed FP4 or FP8 with its scales in `w1_scale` and so on. A subclass can read experts from
+    disk instead: `expert` is the one place that looks up a single one, and `expect` tells which will be used.
+
+    Attributes:
+        on_disk: whether it does.
     """
+
+    on_disk = False
 
     w1_scale: Tensor | None
     w2_scale: Tensor | None
@@ -78,6 +83,9 @@ class Experts(PackedModule):
         """The stored weight of one expert and its scale; `name` is w1, w2 or w3."""
         scale = getattr(self, f"{name}_scale")
         return getattr(self, name)[number], None if scale is None else scale[number]
+
+    def expect(self, chosen_TK: Tensor) -> None:
+        """The experts that the next call will use, as soon as they are known; nothing to do in memory."""
 
     def stacked(self) -> tuple[Packed | tuple[Tensor, Tensor | None], ...]:
         """w1, w3 and w2 of all experts, packed or with their scales; empty ones where they lie elsewhere."""
@@ -161,12 +169,18 @@ class MoE(nn.Module):
         self.experts = Experts(config, numerics)
         self.shared_experts = SharedExpert(config, numerics)
 
+    def expect(self, ids_T: Tensor) -> None:
+        """Tokens of the next call: a hash-routed layer knows from them alone what to read from disk."""
+        if self.experts.on_disk and self.gate.tid2eid is not None:
+            self.experts.expect(self.gate.tid2eid[ids_T])
+
     def forward(self, x_TD: Tensor, ids_T: Tensor, count: int) -> Tensor:
         """x [T, D] and token ids [T] (hash routing) -> [T, D], same dtype.
 
         Rows from `count` on belong to nobody and pass no routed expert.
         """
         weights_TK, chosen_TK = self.gate.route(x_TD, ids_T)
+        self.experts.expect(chosen_TK[:count])
         tokens = x_TD[:count], weights_TK[:count], chosen_TK[:count]
         block = ACTIVATION_BLOCK if self.experts.numerics.activations else 0
         limit = self.shared_experts.limit

@@ -23,7 +23,7 @@ from abyssal.model.attention import Attention
 from abyssal.model.batch import Batch
 from abyssal.model.compressor import Compressor
 from abyssal.model.linear import ACTIVATION_BLOCK, GroupedLinear, Linear, PackedModule
-from abyssal.model.moe import MoE
+from abyssal.model.moe import Experts, MoE
 from abyssal.model.norm import RMSNorm
 from abyssal.model.rope import Rope
 
@@ -172,7 +172,7 @@ class Steps:
         return all(
             getattr(module, name) is None
             for module in self._block.modules()
-            if isinstance(module, PackedModule)
+            if isinstance(module, PackedModule) and not (isinstance(module, Experts) and module.on_disk)
             for name, _ in module.pairs
         )
 

@@ -173,6 +173,9 @@ class Transformer(nn.Module):
         check_ids(ids_T, self.config.vocab_size)
         for cache, length in zip(caches, lengths, strict=True):
             cache.reserve(length)
+        for block in self.layers:
+            assert isinstance(block, Block)
+            block.ffn.expect(ids_T)
         batch = Batch(caches, lengths)
         batch.watched = [] if watch else None
         ids_T = batch.pad(ids_T)

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterable
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
-from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
 from prometheus_client.registry import Collector
 
@@ -19,13 +19,13 @@ _WHOLE = (0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600, 1800, 7200)
 
 
 class _Loads(Collector):
-    """Gauges that are read when somebody asks."""
+    """Gauges, and counters that are kept elsewhere, which are read when somebody asks."""
 
     def __init__(self, load: Callable[[], Load], model: str):
         self._load, self._model = load, model
 
     def collect(self) -> Iterable[Metric]:
-        """The gauges now."""
+        """All of them now."""
         load = self._load()
         for name, help_text, value in (
             ("num_requests_running", "Answers that are being made.", load.running),
@@ -35,6 +35,15 @@ class _Loads(Collector):
             gauge = GaugeMetricFamily(f"abyssal:{name}", help_text, labels=["model_name"])
             gauge.add_metric([self._model], value)
             yield gauge
+        for name, help_text, count in (
+            ("expert_hits", "Experts that a pass found in memory.", load.expert_hits),
+            ("expert_misses", "Experts that a pass read from disk.", load.expert_misses),
+            ("expert_read_bytes", "Bytes of experts that were read from disk.", load.expert_bytes),
+        ):
+            if count is not None:
+                counter = CounterMetricFamily(f"abyssal:{name}", help_text, labels=["model_name"])
+                counter.add_metric([self._model], count)
+                yield counter
 
 
 class Metrics:

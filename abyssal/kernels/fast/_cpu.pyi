@@ -18,6 +18,19 @@ def set_threads(count: int) -> None: ...
 def read(data: Tensor) -> int:
     """Sum of the array's 8-byte words, modulo 2**64: one pass over the memory, which others are measured against."""
 
+def pack(
+    format: int,  # noqa: A002
+    matrices: int,
+    outputs: int,
+    inputs: int,
+    stored: Tensor,
+    packed: Tensor,
+    back: bool,
+    stored_scales: Tensor | None,
+    packed_scales: Tensor | None,
+) -> None:
+    """Bytes of stored matrices, and of FP4's scales, into the order of the kernels, or back."""
+
 def norm(
     x: Tensor, normed: bool, weight: Tensor | None, eps: float, turn: Tensor | None, inverse: bool, y: Tensor
 ) -> None:

@@ -33,7 +33,7 @@ Packed random_weight(Format format, std::int64_t matrices, std::int64_t outputs,
   }
   const std::int64_t blocks = matrices * out.weight.strips() * out.weight.groups();
   out.data.resize(static_cast<std::size_t>(blocks * block_bytes(format)));
-  plain().pack({format, matrices, outputs, inputs, stored.data(), out.data.data(), false});
+  plain().pack({format, matrices, outputs, inputs, stored.data(), out.data.data(), false, nullptr, nullptr});
   out.scales.resize(static_cast<std::size_t>(blocks * strip_outputs));
   for (auto& byte : out.scales) byte = static_cast<std::uint8_t>(120 + random_below(12));
   out.tile_scales.resize(static_cast<std::size_t>(matrices * ((outputs + 127) / 128) * out.weight.tiles_across()));

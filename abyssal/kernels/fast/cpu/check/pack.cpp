@@ -14,11 +14,18 @@ void check_pack(const Kernels& kernels) {
         for (auto& byte : stored) byte = static_cast<std::uint8_t>(chance()());
         const auto bytes = static_cast<std::size_t>(2 * shape.strips() * shape.groups() * block_bytes(format));
         std::vector<std::uint8_t> packed(bytes), again(bytes), back(stored.size());
-        kernels.pack({format, 2, outputs, inputs, stored.data(), packed.data(), false});
-        plain().pack({format, 2, outputs, inputs, stored.data(), again.data(), false});
-        ABYSSAL_EXPECT(packed == again);
-        kernels.pack({format, 2, outputs, inputs, back.data(), packed.data(), true});
-        ABYSSAL_EXPECT(back == stored);
+        const bool with = format == Format::float4;
+        std::vector<std::uint8_t> scales(static_cast<std::size_t>(2 * outputs * shape.groups())), scales_back(scales);
+        for (auto& byte : scales) byte = static_cast<std::uint8_t>(chance()());
+        std::vector<std::uint8_t> packed_scales(static_cast<std::size_t>(2 * shape.strips() * shape.groups() * 16));
+        std::vector<std::uint8_t> scales_again(packed_scales);
+        std::uint8_t* const there = with ? packed_scales.data() : nullptr;
+        kernels.pack({format, 2, outputs, inputs, stored.data(), packed.data(), false, scales.data(), there});
+        plain().pack({format, 2, outputs, inputs, stored.data(), again.data(), false, scales.data(),
+                      with ? scales_again.data() : nullptr});
+        ABYSSAL_EXPECT(packed == again && packed_scales == scales_again);
+        kernels.pack({format, 2, outputs, inputs, back.data(), packed.data(), true, scales_back.data(), there});
+        ABYSSAL_EXPECT(back == stored && (!with || scales_back == scales));
       }
 }
 

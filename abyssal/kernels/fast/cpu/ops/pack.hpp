@@ -20,6 +20,9 @@ struct PackArgs {
   std::uint8_t* stored;          // row-major
   std::uint8_t* packed;          // may be `stored` itself, if outputs % 16 and inputs % 32 are 0
   bool back;                     // from `packed` to `stored`
+  // float4's scales: [outputs, inputs / 32] stored, [strips][groups][16] packed; null: they stay where they are
+  std::uint8_t* stored_scales;
+  std::uint8_t* packed_scales;
 };
 
 }  // namespace abyssal
