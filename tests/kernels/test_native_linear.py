@@ -99,6 +99,34 @@ def test_a_row_has_the_same_bits_among_any_others(isa: str, kind: str, dtype: to
         fast.set_threads(before)
 
 
+@pytest.mark.parametrize("kind", FORMATS)
+@pytest.mark.parametrize("size", [2.0**-70, 1.0, 2.0**70])
+def test_rows_that_are_bfloat16_numbers_take_the_same_steps(isa: str, kind: str, size: float) -> None:
+    """Alone or beside rows that are not, which keep the whole product from the faster way."""
+    weight = stored(kind, 75, 160, spread=3.0)
+    x = torch.randn(40, 160).bfloat16().float() * size
+    beside = torch.cat([x, torch.randn(1, 160)])
+    want = linear(beside, *weight)
+    check(x / size, weight, want[:40] / size)
+    for rows in (1, 2, 3, 4, 5, 8, 9, 24, 25, 40):
+        assert torch.equal(linear(x[:rows], *weight), want[:rows]), rows
+    with forced("scalar"):
+        assert torch.equal(linear(beside, *weight), want)
+
+
+def test_numbers_beyond_the_range_are_as_in_float32(isa: str) -> None:
+    """Subnormal numbers, infinity and NaN among bfloat16 numbers."""
+    weight = stored("float8", 40, 64)
+    x = torch.randn(9, 64).bfloat16().float()
+    x[1, 3], x[2, 5], x[3, 7], x[4] = 2.0**-149, float("inf"), float("nan"), 2.0**-130
+    got = linear(x, *weight)
+    assert torch.equal(got[4], linear(x[4:5], *weight)[0])
+    assert got[4].abs().max() > 0
+    assert got[3].isnan().all()
+    with forced("scalar"):
+        torch.testing.assert_close(linear(x, *weight), got, rtol=0, atol=0, equal_nan=True)
+
+
 def test_many_threads_share_a_large_product_evenly(isa: str) -> None:
     """Large enough that several threads take part."""
     weight = stored("float4", 700, 512)

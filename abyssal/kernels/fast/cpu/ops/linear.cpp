@@ -16,7 +16,10 @@ constexpr std::int64_t small_work = 1 << 17;  // products that are done before a
 // Rows up to which it pays to unpack values again for every four of them.
 template <class F>
 constexpr std::int64_t few_rows = F::format == Format::float32 ? 4 : 24;
-constexpr std::int64_t few_narrow_rows = 4;  // the same, where the processor multiplies bfloat16
+// The same where the processor multiplies bfloat16, and the rows from which that pays: pairs of FP8 cost more.
+template <class F>
+constexpr std::int64_t few_narrow_rows = F::format == Format::float4 ? 8 : 4;
+constexpr std::int64_t least_narrow_rows(Format format) { return format == Format::float8 ? 3 : 1; }
 
 // What one matrix multiplies: rows, filled up to whole groups, and where the results go.
 struct Job {
@@ -52,13 +55,29 @@ struct Job {
   }
 };
 
-template <class F, int R>
-void few_at(const Job& job, const Weight& w, std::int64_t strip, std::int64_t place, std::int64_t row) {
-  const float* rows[R];
+template <class F, int R, class X>
+void few_at(const Job& job, const Weight& w, const X* x, std::int64_t stride, std::int64_t strip, std::int64_t place,
+            std::int64_t row) {
+  const X* rows[R];
   Lanes totals[R];
-  for (int r = 0; r < R; ++r) rows[r] = job.x + (row + r) * job.x_stride;
+  for (int r = 0; r < R; ++r) rows[r] = x + (row + r) * stride;
   few<F, R>(w, place, rows, totals);
   for (int r = 0; r < R; ++r) job.put(row + r, strip, totals[r]);
+}
+
+template <class F, class X>
+void few_rows_of(const Job& job, const Weight& w, const X* x, std::int64_t stride, std::int64_t strip,
+                 std::int64_t place, int strips) {
+  for (int s = 0; s < strips; ++s) {
+    std::int64_t row = 0;
+    for (; row + 4 <= job.rows; row += 4) few_at<F, 4>(job, w, x, stride, strip + s, place + s, row);
+    switch (job.rows - row) {
+      case 1: few_at<F, 1>(job, w, x, stride, strip + s, place + s, row); break;
+      case 2: few_at<F, 2>(job, w, x, stride, strip + s, place + s, row); break;
+      case 3: few_at<F, 3>(job, w, x, stride, strip + s, place + s, row); break;
+      default: break;
+    }
+  }
 }
 
 // Some strips of a matrix against all rows of a job. In `w` the first of them is strip `place`.
@@ -67,26 +86,18 @@ void strips_of(const Job& job, const Weight& w, std::int64_t strip, std::int64_t
   const auto put = [&](std::int64_t row, int s, Lanes value) { job.put(row, strip + s, value); };
 #if ABYSSAL_ISA_avx512
   if constexpr (F::format != Format::float32) {
-    if (job.narrow != nullptr && job.rows > few_narrow_rows) {
+    if (job.narrow != nullptr && job.rows > few_narrow_rows<F>) {
       many<NarrowTile<F>>(w, place, strips, job.narrow, job.narrow_stride, job.rows, put);
+      return;
+    }
+    if (job.narrow != nullptr && scaled<F> && job.rows >= least_narrow_rows(F::format)) {
+      few_rows_of<F>(job, w, job.narrow, job.narrow_stride, strip, place, strips);
       return;
     }
   }
 #endif
-  if (job.rows > few_rows<F>) {
-    many<WideTile<F>>(w, place, strips, job.x, job.x_stride, job.rows, put);
-    return;
-  }
-  for (int s = 0; s < strips; ++s) {
-    std::int64_t row = 0;
-    for (; row + 4 <= job.rows; row += 4) few_at<F, 4>(job, w, strip + s, place + s, row);
-    switch (job.rows - row) {
-      case 1: few_at<F, 1>(job, w, strip + s, place + s, row); break;
-      case 2: few_at<F, 2>(job, w, strip + s, place + s, row); break;
-      case 3: few_at<F, 3>(job, w, strip + s, place + s, row); break;
-      default: break;
-    }
-  }
+  if (job.rows > few_rows<F>) many<WideTile<F>>(w, place, strips, job.x, job.x_stride, job.rows, put);
+  else few_rows_of<F>(job, w, job.x, job.x_stride, strip, place, strips);
 }
 
 void strips_of(const Job& job, const Weight& w, std::int64_t strip, std::int64_t place, int strips) {
@@ -142,6 +153,40 @@ void fill_rows(const LinearArgs& a, std::int64_t parts, std::int64_t stride, Buf
     }
 }
 
+#if ABYSSAL_ISA_avx512
+// The upper halves of float32 numbers. False: one of them needs more, or is so small or large that a sum of products
+// with FP4 or FP8 numbers could become subnormal or infinite, where the processor's bfloat16 product rounds in its way.
+bool halve(const float* from, std::int64_t count, std::uint16_t* to) {
+  const __m512i low = _mm512_set1_epi32(0xffff), least = _mm512_set1_epi32((127 - 60) << 23);
+  const __m512i span = _mm512_set1_epi32(120 << 23), size = _mm512_set1_epi32(0x7fffffff);
+  for (std::int64_t i = 0; i < count; i += lanes) {
+    const __m512i bits = _mm512_loadu_si512(from + i), magnitude = _mm512_and_si512(bits, size);
+    const __mmask16 nonzero = _mm512_test_epi32_mask(magnitude, magnitude);
+    const __mmask16 beyond =
+        _mm512_mask_cmpgt_epu32_mask(nonzero, _mm512_sub_epi32(magnitude, least), span);
+    if ((beyond | _mm512_test_epi32_mask(bits, low)) != 0) return false;
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + i), _mm512_cvtepi32_epi16(_mm512_srli_epi32(bits, 16)));
+  }
+  return true;
+}
+
+// Rows whose values are bfloat16 numbers, such as those that were rounded to FP8, as such. False if one is not.
+bool halve_rows(const float* x, std::int64_t x_stride, std::int64_t rows, std::int64_t width, std::uint16_t* to) {
+  constexpr std::int64_t step = 8;
+  int failed = 0;
+  parallel(
+      (rows + step - 1) / step,
+      [&](std::int64_t task) {
+        for (std::int64_t r = task * step; r < (task + 1) * step && r < rows; ++r) {
+          if (__atomic_load_n(&failed, __ATOMIC_RELAXED) != 0) return;
+          if (!halve(x + r * x_stride, width, to + r * width)) __atomic_store_n(&failed, 1, __ATOMIC_RELAXED);
+        }
+      },
+      rows * width <= small_work ? 1 : 0);
+  return failed == 0;
+}
+#endif
+
 }  // namespace
 
 void linear(const LinearArgs& a) {
@@ -164,6 +209,21 @@ void linear(const LinearArgs& a) {
   if (copied && !a.bfloat16) fill_rows<float, float>(a, parts, whole, wide_rows);
   if (narrow_rows.size() > 0) fill_rows<std::uint16_t, std::uint16_t>(a, parts, whole, narrow_rows);
 
+  // float32 rows that are bfloat16 numbers give the same bits the faster way
+  std::int64_t narrow_stride = ragged ? parts * whole : a.x_stride;
+  const std::uint16_t* narrow_x = nullptr;
+  if (narrow) narrow_x = ragged ? &narrow_rows[0] : static_cast<const std::uint16_t*>(a.x);
+#if ABYSSAL_ISA_avx512
+  const bool quantised = w.format == Format::float4 || w.format == Format::float8;
+  const bool may_narrow = !a.bfloat16 && quantised && a.rows >= least_narrow_rows(w.format);
+  Buffer<std::uint16_t> halves(may_narrow ? a.rows * parts * whole : 0);
+  if (may_narrow && halve_rows(copied ? &wide_rows[0] : static_cast<const float*>(a.x), copied ? parts * whole : a.x_stride,
+                               a.rows, parts * whole, &halves[0])) {
+    narrow_x = &halves[0];
+    narrow_stride = parts * whole;
+  }
+#endif
+
   const std::int64_t row_bytes = bytes_of_row(w.format, w.inputs);
   Buffer<Job> jobs(a.matrices);
   std::int64_t count = 0;
@@ -171,7 +231,7 @@ void linear(const LinearArgs& a) {
     const std::int64_t first = a.firsts == nullptr ? 0 : a.firsts[e];
     const std::int64_t rows = (a.firsts == nullptr ? a.rows : a.firsts[e + 1]) - first;
     if (rows <= 0) continue;
-    Job job{w, rows, nullptr, nullptr, copied ? parts * whole : a.x_stride, ragged ? parts * whole : a.x_stride,
+    Job job{w, rows, nullptr, nullptr, copied ? parts * whole : a.x_stride, narrow_stride,
             a.y, a.y_stride, a.bfloat16};
     job.weight.data += e * (a.stored ? w.outputs * row_bytes : strips * groups * block_bytes(w.format));
     if (w.scales != nullptr) job.weight.scales += e * groups * (a.stored ? w.outputs : strips * lanes);
@@ -180,9 +240,8 @@ void linear(const LinearArgs& a) {
     const std::int64_t part = a.columns ? e : 0, item = a.bfloat16 ? 2 : 4;
     job.x = (copied ? &wide_rows[0] : static_cast<const float*>(a.x)) + first * job.x_stride +
             part * (copied ? whole : w.inputs);
-    if (narrow)
-      job.narrow = (ragged ? &narrow_rows[0] : static_cast<const std::uint16_t*>(a.x)) + first * job.narrow_stride +
-                   part * (ragged ? whole : w.inputs);
+    // where rows are not ragged, `whole` is `inputs`
+    if (narrow_x != nullptr) job.narrow = narrow_x + first * narrow_stride + part * whole;
     job.y = static_cast<std::uint8_t*>(a.y) + (first * a.y_stride + part * w.outputs) * item;
     jobs[count++] = job;
   }

@@ -57,9 +57,15 @@ inline void add_chunk(const typename F::Raw (&raw)[G], const float* const (&x)[R
   }
 }
 
+#if ABYSSAL_ISA_avx512
+template <class F, int R, int G, int k = 0>
+inline void add_pairs(const typename F::Raw (&raw)[G], const std::uint16_t* const (&x)[R], std::int64_t at,
+               Lanes (&sums)[G][R]);
+#endif
+
 // G groups side by side.
-template <class F, int R, int G>
-inline void few_groups(const Weight& w, std::int64_t strip, std::int64_t group, const float* const (&x)[R],
+template <class F, int R, int G, class X>
+inline void few_groups(const Weight& w, std::int64_t strip, std::int64_t group, const X* const (&x)[R],
                        Lanes (&totals)[R]) {
   Lanes sums[G][R];
   for (int g = 0; g < G; ++g)
@@ -75,7 +81,9 @@ inline void few_groups(const Weight& w, std::int64_t strip, std::int64_t group, 
       raw[g] = F::load(from);
       for (int line = 0; line < F::bytes; line += 64) __builtin_prefetch(from + line + look_ahead);
     }
-    add_chunk<F, R, G>(raw, x, group * group_inputs + chunk * F::inputs, sums);
+    const std::int64_t at = group * group_inputs + chunk * F::inputs;
+    if constexpr (sizeof(X) == sizeof(float)) add_chunk<F, R, G>(raw, x, at, sums);
+    else add_pairs<F, R, G>(raw, x, at, sums);
   }
   for (int g = 0; g < G; ++g) {
     if constexpr (scaled<F>) {
@@ -91,9 +99,9 @@ inline void few_groups(const Weight& w, std::int64_t strip, std::int64_t group, 
 template <class F, int R>
 constexpr int few_side_by_side = F::side_by_side >= (1 << R / 2) ? F::side_by_side >> R / 2 : 1;
 
-// R rows against one strip; rows are filled with zeros to whole groups.
-template <class F, int R>
-inline void few(const Weight& w, std::int64_t strip, const float* const (&x)[R], Lanes (&totals)[R]) {
+// R rows, of float32 or bfloat16, against one strip; rows are filled with zeros to whole groups.
+template <class F, int R, class X>
+inline void few(const Weight& w, std::int64_t strip, const X* const (&x)[R], Lanes (&totals)[R]) {
   constexpr int G = few_side_by_side<F, R>;
   const std::int64_t groups = w.groups();
   for (int r = 0; r < R; ++r) totals[r] = zeros();

@@ -24,6 +24,25 @@ inline __m512i pair_of(const typename F::Raw& raw) {
   }
 }
 
+// `add_chunk` of product.hpp, a pair in one step.
+template <class F, int R, int G, int k>
+inline void add_pairs(const typename F::Raw (&raw)[G], const std::uint16_t* const (&x)[R], std::int64_t at,
+                      Lanes (&sums)[G][R]) {
+  if constexpr (k < F::inputs / 2) {
+#pragma GCC unroll 8
+    for (int g = 0; g < G; ++g) {
+      const auto pair = (__m512bh)pair_of<F, k>(raw[g]);
+#pragma GCC unroll 8
+      for (int r = 0; r < R; ++r) {
+        std::int32_t two;
+        std::memcpy(&two, x[r] + at + g * group_inputs + 2 * k, sizeof two);
+        sums[g][r].v = _mm512_dpbf16_ps(sums[g][r].v, pair, (__m512bh)_mm512_set1_epi32(two));
+      }
+    }
+    add_pairs<F, R, G, k + 1>(raw, x, at, sums);
+  }
+}
+
 template <class F_>
 struct NarrowTile {
   using F = F_;
