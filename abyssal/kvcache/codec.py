@@ -8,13 +8,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from abyssal.kernels.rounding import fake_fp4
+from abyssal.kernels.rounding import fake_fp4, pack_entry, pack_index_key
 from abyssal.quant.entry import (
     entry_bytes,
     fake_entry,
     index_key_bytes,
-    pack_entry,
-    pack_index_key,
     unpack_entry,
     unpack_index_key,
 )

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from abyssal.kernels.rounding import fake_fp4, fake_fp8, hadamard
-from abyssal.quant import fp4, fp8
+from abyssal.kernels.rounding import fake_fp4, fake_fp8, hadamard, pack_entry, pack_index_key
+from abyssal.quant import entry, fp4, fp8
 from abyssal.quant import hadamard as plain
 from tests.kernels.native import needs_native, on_every_isa, same_bits
 
@@ -64,3 +64,25 @@ def test_hadamard_has_the_bits_of_the_reference(shape: tuple[int, ...]) -> None:
 def test_hadamard_needs_a_power_of_two() -> None:
     with pytest.raises(ValueError, match="power of two"):
         hadamard(torch.zeros(2, 48))
+
+
+@pytest.mark.parametrize(
+    ("rows", "dim", "rotated"), [(0, 96, 32), (1, 2, 0), (3, 8, 8), (40, 96, 32), (33, 130, 34), (300, 512, 64)]
+)
+def test_packed_vectors_have_the_bytes_of_the_reference(rows: int, dim: int, rotated: int) -> None:
+    x = hard(rows, dim)
+    want = entry.pack_entry(x, rotated), entry.pack_index_key(x)
+    for got in on_every_isa(lambda: (pack_entry(x, rotated), pack_index_key(x))):
+        for a, b in zip(got, want, strict=True):
+            assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_a_broken_vector_is_read_back_as_broken(bad: float) -> None:
+    x = torch.randn(3, 512)
+    x[1, 40] = x[1, 500] = bad
+    want = entry.unpack_entry(entry.pack_entry(x, 64), 512, 64, torch.float32)
+    want_key = entry.unpack_index_key(entry.pack_index_key(x), torch.float32)
+    for packed, key in on_every_isa(lambda: (pack_entry(x, 64), pack_index_key(x))):
+        assert same_bits(entry.unpack_entry(packed, 512, 64, torch.float32), want)
+        assert same_bits(entry.unpack_index_key(key, torch.float32), want_key)

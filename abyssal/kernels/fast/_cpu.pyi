@@ -23,6 +23,9 @@ def norm(
 ) -> None:
     """Rows x [..., D]: RMSNorm if `normed`, times weight [D]; then the last R times turn, complex64 [..., R/2]."""
 
+def encode(key: bool, rotated: int, x: Tensor, y: Tensor) -> None:
+    """Rows x [..., D] as the cache's packed index keys or entries, y [..., bytes] uint8."""
+
 def enter(
     x: Tensor,
     fn: Tensor,
