@@ -84,7 +84,7 @@ class DiskExperts(Experts):
             self._compute(there, some, x_TD, rows, gains, parts)
             self._cache.done(there)
         total = parts.new_zeros(count, x_TD.shape[1])
-        for place in rows.sort(stable=True).indices.view(count, -1).T:  # a token's parts, rising by expert
+        for place in rows.sort(stable=True).indices.view(chosen_TK.shape).T:  # a token's parts, rising by expert
             total = total + parts[place]
         return total
 

@@ -124,11 +124,13 @@ class ExpertCache:
         self.packed: dict[str, Packed] = {}
         self.stored: dict[str, tuple[Tensor, Tensor | None]] = {}
         self._release = release
+        self._dtype = dtype
         self._kind = _kind(release)
         fast = native() is not None and dtype in (torch.float32, torch.bfloat16)
         for part, infos in self._kind.items():
             weight, scale = (None if i is None else torch.empty(i.shape, dtype=TORCH_DTYPES[i.dtype]) for i in infos)
             assert weight is not None
+            weight = weight.bfloat16() if self._narrowed(part) else weight
             if fast and format_of(weight, scale) is not None:
                 self.packed[part] = Packed.empty(slots, weight, scale)
             else:
@@ -234,7 +236,13 @@ class ExpertCache:
             error = problem
         self._read.put((entry, error))
 
+    def _narrowed(self, part: str) -> bool:
+        """Whether float32 weights meet bfloat16 activations, which take them as bfloat16."""
+        return self._dtype == torch.bfloat16 and self._kind[part][0].dtype == "F32"
+
     def _put(self, part: str, slot: int, weight: Tensor, scale: Tensor | None) -> None:
+        if self._narrowed(part):
+            weight = weight.clone().view(torch.float32).bfloat16().view(torch.uint8)
         if part in self.packed:
             packed = self.packed[part]
             if scale is not None and packed.format == "float8":

@@ -252,6 +252,8 @@ def test_logits_of_a_made_release(tmp_path: Path) -> None:
         (("generate", "--prompt", "a", "--max-tokens", "0"), "max_tokens"),
         (("generate", "--prompt", "a", "--model", "flash"), "preset without weights"),
         (("generate", "--file", "/no/such/file"), "/no/such/file"),
+        (("generate", "--prompt", "a", "--max-memory", "10MiB"), "0.01 GiB: raise it"),
+        (("serve", "--upstream", "http://127.0.0.1:1", "--max-memory", "1GiB"), "--max-memory"),
         (("logits", "nano", "--out", "x.npy"), "exactly one"),
         (("logits", "nano", "--ids", "1", "--out", "x.npy", "--dtype", "int4"), "int4"),
         (("logits", "nano", "--ids", "1", "--out", "x.npy", "--mode", "fast"), "fast"),

@@ -276,6 +276,42 @@ def test_packing_gives_back_what_it_took(isa: str, kind: str, shape: tuple[int, 
         assert packed.nbytes <= weight.nbytes + (0 if scale is None else 4 * scale.nbytes)
 
 
+@pytest.mark.parametrize("kind", FORMATS)
+@pytest.mark.parametrize("shape", [(1, 32), (16, 32), (33, 96), (128, 256), (150, 160)])
+def test_matrices_put_into_a_stack_are_those_packed_together(isa: str, kind: str, shape: tuple[int, int]) -> None:
+    matrices = [stored(kind, *shape, seed=seed) for seed in range(4)]
+    stack = Packed.empty(3, *matrices[0])
+    for place, number in ((0, 3), (2, 1), (1, 0), (0, 2)):  # one over another
+        stack.put(place, *matrices[number])
+    x, counts = torch.randn(9, shape[1]), torch.tensor([4, 0, 5])
+    got = linear_by_rows(x, stack, counts)
+    want = torch.cat([linear(x[:4], Packed(*matrices[2])), linear(x[4:], Packed(*matrices[1]))])
+    assert torch.equal(got, want)
+    weight, scale = stack.stored()
+    for place, number in enumerate((2, 0, 1)):
+        assert torch.equal(weight[place].view(torch.uint8), matrices[number][0].view(torch.uint8))
+        want_scale = matrices[number][1]
+        assert (scale is None) == (want_scale is None)
+        if scale is not None and want_scale is not None:
+            assert torch.equal(scale[place], want_scale)
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+@pytest.mark.parametrize("shape", [(32, 96), (17, 96), (2, 48, 64), (16, 33)])
+def test_packing_in_place_changes_no_bit(isa: str, kind: str, shape: tuple[int, ...]) -> None:
+    if kind == "float4" and shape[-1] % 32:
+        return
+    weight, scale = stored(kind, *shape)
+    given = weight.clone()
+    packed = Packed(given, scale, in_place=True)
+    whole = shape[-2] % 16 == 0 and shape[-1] % 32 == 0
+    assert torch.equal(given.view(torch.uint8), weight.view(torch.uint8)) != whole
+    assert torch.equal(packed.stored()[0].view(torch.uint8), weight.view(torch.uint8))
+    if len(shape) == 2:
+        x = torch.randn(5, shape[-1])
+        assert torch.equal(linear(x, packed), linear(x, Packed(weight, scale)))
+
+
 def test_gradients_are_those_of_the_reference() -> None:
     if not ISAS:
         pytest.skip("no extension")

@@ -35,6 +35,7 @@ class Scripted:
         self.prompts: list[str] = []
         self.completions: list[Completion] = []
         self.active = 0
+        self.experts: int | None = None  # as if so many had been in memory, and read, and bytes of them
         self.interrupted = False
 
     def encode(self, prompt: Sequence[Piece]) -> list[int]:
@@ -62,7 +63,7 @@ class Scripted:
 
     def load(self) -> Load:
         """Requests that run."""
-        return Load(running=self.active)
+        return Load(self.active, expert_hits=self.experts, expert_misses=self.experts, expert_bytes=self.experts)
 
     def interrupt(self) -> None:
         """End what runs at its next token."""

@@ -727,6 +727,15 @@ def counters(url: str, **headers: str) -> dict[tuple[str, ...], float]:
     return found
 
 
+def test_metrics_of_experts_are_there_where_some_are_on_disk() -> None:
+    scripted = Scripted(lambda prompt: "yes")
+    names = ("expert_hits_total",), ("expert_misses_total",), ("expert_read_bytes_total",)
+    with running(scripted) as server:
+        assert not counters(server.url).keys() & set(names)
+        scripted.experts = 7
+        assert [counters(server.url)[name] for name in names] == [7, 7, 7]
+
+
 def test_metrics_count_what_was_sent() -> None:
     scripted = Scripted(lambda prompt: "</think>yes" if prompt.endswith("<think>") else "yes")
     with running(scripted) as server:
