@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from abyssal.base.errors import CheckpointError
 from abyssal.checkpoint.release import Release
 from abyssal.kernels.linear import dequantise
+from abyssal.kernels.packed import packable
 from abyssal.model.linear import Linear
 from abyssal.model.moe import EXPERT_WEIGHTS, Experts
 from abyssal.model.transformer import Transformer
@@ -30,7 +31,8 @@ def load_model(
         folder: a release, or one that is open already.
         dtype: of activations and of every matrix that is not kept quantised.
         numerics: which roundings are simulated.
-        keep_quantised: leave FP4 and FP8 weights as stored and expand them as they are used.
+        keep_quantised: leave FP4 and FP8 weights as stored and expand them as they are used; where native kernels run,
+            bfloat16 matrices too, which give the bits of their values in float32.
     Returns:
         The model in evaluation mode; parameters do not record gradients.
     Raises:
@@ -62,7 +64,7 @@ def fill(module: nn.Module, prefix: str, release: Release, dtype: torch.dtype, k
             if isinstance(child, Linear) and leaf == "weight":
                 if scale is not None and keep_quantised:
                     child.scale = scale
-                else:
+                elif not (keep_quantised and dtype == torch.float32 and packable(weight)):
                     weight = dequantise(weight, scale, dtype)
             else:
                 weight = weight.to(dtype if parameter.dim() == 2 and leaf == "weight" else wide_dtype(dtype))

@@ -26,7 +26,7 @@ class Abyssal:
     def __init__(self, folder: Path, longest: int):
         self.engine = Engine(load_model(folder, keep_quantised=True), budget=1 << 30, slots=2)
         self.about: dict[str, Any] = {
-            "weights": "FP4 and FP8 as stored, others expanded to float32",
+            "weights": "FP4, FP8 and bfloat16 as stored",
             "activations": "float32",
             "kernels": choice().name,
             "chunk": self.engine.step_tokens,

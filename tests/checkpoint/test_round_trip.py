@@ -21,6 +21,7 @@ from abyssal.checkpoint.save import convert, make_release, save_model
 from abyssal.checkpoint.shards import Shards
 from abyssal.checkpoint.stream import plan_stream, stream_logits
 from abyssal.kernels.linear import dequantise
+from abyssal.kernels.choice import native
 from abyssal.model import Batch, Transformer
 from abyssal.quant.numerics import Numerics
 from tests.checkpoint.conftest import tiny_config
@@ -144,6 +145,7 @@ def test_weights_kept_quantised_give_the_same_logits(layout: str, releases: dict
     ids = torch.tensor([IDS])
     kept = load_model(releases[layout], keep_quantised=True)
     assert kept.layers[1].attn.wq_b.weight.dtype == torch.float8_e4m3fn
+    assert kept.head.weight.dtype == (torch.float32 if native() is None else torch.bfloat16)
     assert torch.equal(kept(ids), load_model(releases[layout])(ids))
 
 
