@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -365,7 +366,7 @@ class Engine:
                 self._score(run, z_TD[first : first + len(tokens)], run.cache.position - len(tokens))
             first += len(tokens)
             self._note_prompt(run)
-        logits = self.runner.logits(z_TD[rows]) if rows else np.zeros((0, 0))
+        logits = self.runner.logits(z_TD.index_select(0, torch.tensor(rows))) if rows else np.zeros((0, 0))
         for run, tokens in zip(runs, ids, strict=True):
             if run.number in begins:
                 begin = begins[run.number]
