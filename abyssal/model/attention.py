@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from abyssal.arch.config import ModelConfig
 from abyssal.kernels import attention
+from abyssal.kernels.choice import learning
 from abyssal.kernels.rotary import norm_and_rotate, rotate_tail
 from abyssal.kvcache.memory import CompressedMemory, LayerMemory
 from abyssal.model.batch import Batch, Group
@@ -87,7 +88,9 @@ class Attention(nn.Module):
         kv_TC = norm_and_rotate(self.wkv(x_TD), self.kv_norm.weight, eps, turn_T)
         fast = attention.fast(q_THC, kv_TC, self.attn_sink, memory.window.data)
         if fast is not None:
-            o_THC = self._natively(fast, q_THC, kv_TC, latent_TQ, x_TD, batch, memory, rope, turn_T)
+            learns = learning(q_THC, kv_TC, self.attn_sink, memory.window.data)
+            way = self._learning if learns else self._natively
+            o_THC = way(fast, q_THC, kv_TC, latent_TQ, x_TD, batch, memory, rope, turn_T)
             return self.wo_b(self.wo_a(o_THC.unflatten(1, (self.config.o_groups, -1)).flatten(2)))
         q_THC = norm_and_rotate(q_THC, None, eps, turn_T.unsqueeze(1))
         near_KC = self._window(kv_TC, batch, memory)
@@ -135,6 +138,44 @@ class Attention(nn.Module):
         W = self.config.sliding_window
         near = attention.Window(batch.spans_G6, memory.codec.encode(kv_TC), ring.data, ring.size, W)
         return attention.attend(fast, q_THC, turn_T, self.attn_sink, self.config.rms_norm_eps, near, far)
+
+    def _learning(
+        self,
+        fast: ModuleType,
+        q_THC: Tensor,
+        kv_TC: Tensor,
+        latent_TQ: Tensor,
+        x_TD: Tensor,
+        batch: Batch,
+        memory: LayerMemory,
+        rope: Rope,
+        turn_T: Tensor,
+    ) -> Tensor:
+        """The same where gradients are recorded: what is read is a copy, since later passes write to the memory."""
+        ring, far = memory.window, None
+        if self.compressor is not None and memory.compressed is not None:
+            compressed, chosen = memory.compressed, None
+            entries = self.compressor(x_TD, batch, compressed, rope)
+            if entries is not None:
+                self.compressor.store(entries, batch, compressed)
+            if self.indexer is not None and memory.index is not None:
+                with torch.no_grad():  # a choice has no gradient
+                    self.indexer.remember(x_TD, batch, memory.index, rope, fast)
+                    chosen = self.indexer.blocks(fast, latent_TQ, x_TD, turn_T, batch, memory.index)
+            rows_GB = batch.seen_rows(self.ratio)
+            G, B = rows_GB.shape
+            if B:
+                seen = compressed.read(rows_GB.flatten())
+                seen = torch.cat([seen.new_zeros(1, seen.shape[1]), seen])
+                far = attention.Blocks(self.ratio, seen, torch.arange(G).unsqueeze(1), B, chosen)
+        new = memory.codec.encode(kv_TC)
+        read = memory.codec.decode(new), memory.codec.decode(ring.data.clone())
+        near = attention.Window(batch.spans_G6, *read, ring.size, self.config.sliding_window)
+        eps = self.config.rms_norm_eps
+        o_THC = attention.attend(fast, q_THC, turn_T, self.attn_sink, eps, near, far, kept=False)
+        source, target = batch.window.written
+        ring.data.index_copy_(0, target, new.index_select(0, source))
+        return o_THC
 
     @staticmethod
     def _window(kv_TC: Tensor, batch: Batch, memory: LayerMemory) -> Tensor:
