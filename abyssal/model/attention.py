@@ -155,7 +155,7 @@ class Attention(nn.Module):
         ring, far = memory.window, None
         if self.compressor is not None and memory.compressed is not None:
             compressed, chosen = memory.compressed, None
-            entries = self.compressor(x_TD, batch, compressed, rope)
+            entries = self.compressor(x_TD, batch, compressed, rope, fast)
             if entries is not None:
                 self.compressor.store(entries, batch, compressed)
             if self.indexer is not None and memory.index is not None:

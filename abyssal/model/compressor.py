@@ -5,6 +5,7 @@ One class serves CSA (blocks of 4, overlapping), HCA (blocks of 128) and the ind
 
 from __future__ import annotations
 
+from functools import partial
 from types import ModuleType
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from abyssal.arch.config import ModelConfig
 from abyssal.arch.schedule import LayerKind
 from abyssal.kernels.pool import compress, pool
+from abyssal.kernels.recompute import recomputed
 from abyssal.kernels.rotary import norm_and_rotate
 from abyssal.kvcache.memory import CompressedMemory
 from abyssal.model.batch import Batch, BlockPlan
@@ -44,7 +46,9 @@ class Compressor(nn.Module):
         self.ape = nn.Parameter(torch.zeros(ratio, width))
         self.norm = RMSNorm(channels, config.rms_norm_eps)
 
-    def forward(self, x_TD: Tensor, batch: Batch, memory: CompressedMemory, rope: Rope) -> Tensor | None:
+    def forward(
+        self, x_TD: Tensor, batch: Batch, memory: CompressedMemory, rope: Rope, fast: ModuleType | None = None
+    ) -> Tensor | None:
         """Add tokens to the rings and return the entries that they complete.
 
         Args:
@@ -52,20 +56,28 @@ class Compressor(nn.Module):
             batch: where the tokens stand.
             memory: this compressor's memory; only its rings are written.
             rope: the layer's rotations.
+            fast: the native kernels, to get the bits of `advance` with gradients.
         Returns:
             entries [N, C] of the blocks of `batch.blocks(ratio)`, in the dtype of x, or None for no block.
         """
         plan = batch.blocks(self.ratio)
-        values_TW = self.wkv(x_TD)
-        logits_TW = self.wgate(x_TD) + wide(self.ape).index_select(0, plan.places)
+        values_TW, raw_TW = self.wkv(x_TD), self.wgate(x_TD)
+        logits_TW = raw_TW + wide(self.ape).index_select(0, plan.places)
         slots = self._slots(values_TW, logits_TW, plan, memory)
+        entries_NC = None
+        if slots is not None:
+            norm = partial(norm_and_rotate, eps=self.norm.eps, turn=rope.at(plan.starts))
+            if fast is None:
+                entries_NC = norm(pool(*slots).to(x_TD.dtype), self.norm.weight)
+            else:
+                with torch.no_grad():
+                    rings = memory.values.data.clone(), memory.logits.data.clone(), memory.values.size
+                    found = self._compress(fast, values_TW, raw_TW, batch, rings, rope, None)
+                entries_NC = recomputed(found, lambda v, l, w: norm(pool(v, l), w), *slots, self.norm.weight)
         source, target = plan.written
         memory.values.data.index_copy_(0, target, values_TW.index_select(0, source))
         memory.logits.data.index_copy_(0, target, logits_TW.index_select(0, source))
-        if slots is None:
-            return None
-        pooled_NC = pool(*slots).to(x_TD.dtype)
-        return norm_and_rotate(pooled_NC, self.norm.weight, self.norm.eps, rope.at(plan.starts))
+        return entries_NC
 
     def _slots(
         self, values_TW: Tensor, logits_TW: Tensor, plan: BlockPlan, memory: CompressedMemory
@@ -92,19 +104,24 @@ class Compressor(nn.Module):
     ) -> Tensor | None:
         """The same by the native kernels; entries that are kept as computed are stored already, and None returned."""
         exact = memory.codec.mode == "exact"
-        entries_NC = compress(
-            fast,
-            self.wkv(x_TD),
-            self.wgate(x_TD),
-            self.ape,
-            batch.spans_G6,
-            (memory.values.data, memory.logits.data, memory.values.size),
-            self.norm.weight,
-            self.norm.eps,
-            batch.block_turns(self.ratio, rope),
-            (memory.entries, batch.table_GP, memory.per_page) if exact else None,
-        )
+        rings = memory.values.data, memory.logits.data, memory.values.size
+        store = (memory.entries, batch.table_GP, memory.per_page) if exact else None
+        entries_NC = self._compress(fast, self.wkv(x_TD), self.wgate(x_TD), batch, rings, rope, store)
         return None if exact or not len(entries_NC) else entries_NC
+
+    def _compress(
+        self,
+        fast: ModuleType,
+        values_TW: Tensor,
+        logits_TW: Tensor,
+        batch: Batch,
+        rings: tuple[Tensor, Tensor, int],
+        rope: Rope,
+        store: tuple[Tensor, Tensor, int] | None,
+    ) -> Tensor:
+        turns = batch.block_turns(self.ratio, rope)
+        norm = self.norm.weight, self.norm.eps
+        return compress(fast, values_TW, logits_TW, self.ape, batch.spans_G6, rings, *norm, turns, store)
 
     def store(self, entries_NC: Tensor, batch: Batch, memory: CompressedMemory) -> None:
         """Write entries that `forward` returned, but for those that are known already."""
