@@ -13,10 +13,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
+from abyssal.kernels.choice import learning, native
 from abyssal.quant.precision import wide
 
 
@@ -103,7 +106,7 @@ class Blocks:
     """The compressed entries that a pass reads.
 
     Attributes:
-        ratio: tokens of a block.
+        ratio: tokens of a block; 0 for no blocks.
         entries: block b of a sequence lies in row 1 + page * per_page + b % per_page.
         tables: [G, P] page numbers of each sequence; page b // per_page holds block b.
         per_page: blocks of a page.
@@ -111,10 +114,69 @@ class Blocks:
     """
 
     ratio: int
-    entries: Tensor
-    tables: Tensor
+    entries: Tensor | None
+    tables: Tensor | None
     per_page: int
     chosen: Tensor | None
+
+
+def fast(*tensors: Tensor) -> ModuleType | None:
+    """The native kernels, if they can take these: float32 or packed, on the CPU."""
+    module = native()
+    if module is None or any(x.dtype not in (torch.float32, torch.uint8) or not x.is_cpu for x in tensors):
+        return None
+    return module
+
+
+Numbers = tuple[float, float, int, int, int, int]  # eps, scale, window, ring_size, ratio, per_page
+
+
+def _arguments(
+    numbers: Numbers,
+    turn_TR: Tensor,
+    spans: Tensor,
+    tables: Tensor | None,
+    chosen: Tensor | None,
+    q_THC: Tensor,
+    sink_H: Tensor,
+    fresh: Tensor,
+    ring: Tensor,
+    entries: Tensor | None,
+) -> tuple[Any, ...]:
+    eps, scale, window, ring_size, ratio, per_page = numbers
+    turn = torch.view_as_real(turn_TR)
+    near = (spans, fresh, ring, window, ring_size)
+    return (q_THC, turn, sink_H, eps, scale, *near, ratio, entries, tables, per_page, chosen)
+
+
+class _Learning(torch.autograd.Function):
+    """Attention where a gradient is needed; the softmax is computed again on the way back."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        module: ModuleType,
+        numbers: Numbers,
+        turn_TR: Tensor,
+        spans: Tensor,
+        tables: Tensor | None,
+        chosen: Tensor | None,
+        *read: Tensor | None,
+    ) -> Tensor:
+        assert read[0] is not None
+        out = torch.empty_like(read[0])
+        ctx.module, ctx.numbers = module, numbers
+        ctx.save_for_backward(out, turn_TR, spans, tables, chosen, *read)
+        module.attend(*_arguments(numbers, turn_TR, spans, tables, chosen, *read), out, False)  # type: ignore[arg-type]
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
+        out, *saved = ctx.saved_tensors
+        grads = [None if x is None else torch.empty_like(x) for x in saved[4:]]
+        ctx.module.attend_backward(*_arguments(ctx.numbers, *saved), out, dout.contiguous(), *grads)
+        return None, None, None, None, None, None, *grads
 
 
 def attend(
@@ -125,8 +187,12 @@ def attend(
     eps: float,
     window: Window,
     blocks: Blocks | None,
+    kept: bool = True,
 ) -> Tensor:
-    """All of attention between the projections; adds the window entries to the ring.
+    """All of attention between the projections.
+
+    Gradients flow to queries, sink, fresh and ring entries, and blocks, unless `kept`. They want float32 entries, and
+    no page that two sequences share.
 
     Args:
         module: the native kernels.
@@ -135,14 +201,17 @@ def attend(
         sink_H: raw logits that only enlarge the denominator.
         eps: of the normalisation.
         window, blocks: what the queries read; softmax scale is C ** -0.5.
+        kept: add the window entries to the ring.
     Returns:
         o_THC, turned back by the position of the query; zeros in rows that belong to no span.
     """
+    far = blocks or Blocks(0, None, None, 1, None)
+    numbers = eps, q_THC.shape[-1] ** -0.5, window.window, window.ring_size, far.ratio, far.per_page
+    plans = numbers, turn_TR, window.spans, far.tables, far.chosen
+    read = q_THC, sink_H, window.fresh, window.ring, far.entries
+    if not kept and learning(*read):
+        read = tuple(x if x is None else x.contiguous() for x in read)  # type: ignore[assignment]
+        return _Learning.apply(module, *plans, *read)  # type: ignore[no-untyped-call]
     out = torch.empty_like(q_THC)
-    scale = q_THC.shape[-1] ** -0.5
-    near = (window.spans, window.fresh, window.ring, window.window, window.ring_size)
-    far: tuple[int, Tensor | None, Tensor | None, int, Tensor | None] = (0, None, None, 1, None)
-    if blocks is not None:
-        far = (blocks.ratio, blocks.entries, blocks.tables, blocks.per_page, blocks.chosen)
-    module.attend(q_THC, torch.view_as_real(turn_TR), sink_H, eps, scale, *near, *far, out)
+    module.attend(*_arguments(*plans, *read), out, kept)
     return out

@@ -5,10 +5,13 @@ Statistics and weight in float32, one cast at the end: casting before the weight
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
-from abyssal.kernels.choice import native_for
+from abyssal.kernels.choice import learning, native_for
+from abyssal.kernels.recompute import recomputed
 from abyssal.quant.precision import wide
 
 
@@ -35,9 +38,9 @@ def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
     Returns:
         A tensor of the shape and dtype of `x`.
     """
-    if (fast := native_for(x, weight)) is None:
+    if (fast := native_for(x, weight, backward=True)) is None:
         return rms_norm_reference(x, weight, eps)
-    x = x.contiguous()
-    y = torch.empty_like(x)
-    fast.norm(x, True, weight, eps, None, False, y)
-    return y
+    dense = x.detach().contiguous()
+    y = torch.empty_like(dense)
+    fast.norm(dense, True, weight, eps, None, False, y)
+    return recomputed(y, partial(rms_norm_reference, eps=eps), x, weight) if learning(x, weight) else y

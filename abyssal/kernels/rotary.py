@@ -6,10 +6,13 @@ interleaved pairs, not halves. The inverse is the conjugate.
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
-from abyssal.kernels.choice import native_for
+from abyssal.kernels.choice import learning, native_for
+from abyssal.kernels.recompute import recomputed
 from abyssal.kernels.rms_norm import rms_norm_reference
 from abyssal.quant.precision import wide
 
@@ -54,21 +57,27 @@ def rotate_tail(x: Tensor, turn: Tensor, inverse: bool = False) -> Tensor:
     Returns:
         A new tensor of the dtype of `x`; the first C - R dimensions are copied.
     """
-    fast = native_for(x)
+    fast = native_for(x, backward=True)
     if fast is None or not _takes(x, turn):
         return rotate_tail_reference(x, turn, inverse)
-    x = x.contiguous()
-    y = torch.empty_like(x)
-    fast.norm(x, False, None, 0.0, turn.contiguous(), inverse, y)
-    return y
+    dense = x.detach().contiguous()
+    y = torch.empty_like(dense)
+    fast.norm(dense, False, None, 0.0, turn.contiguous(), inverse, y)
+    return recomputed(y, lambda x: rotate_tail_reference(x, turn, inverse), x) if learning(x) else y
+
+
+def _norm_and_rotate_reference(x: Tensor, weight: Tensor | None, eps: float, turn: Tensor) -> Tensor:
+    return rotate_tail_reference(rms_norm_reference(x, weight, eps), turn)
 
 
 def norm_and_rotate(x: Tensor, weight: Tensor | None, eps: float, turn: Tensor) -> Tensor:
     """`rms_norm`, then `rotate_tail`."""
-    fast = native_for(x, weight)
+    fast = native_for(x, weight, backward=True)
     if fast is None or not _takes(x, turn):
-        return rotate_tail_reference(rms_norm_reference(x, weight, eps), turn)
-    x = x.contiguous()
-    y = torch.empty_like(x)
-    fast.norm(x, True, weight, eps, turn.contiguous(), False, y)
-    return y
+        return _norm_and_rotate_reference(x, weight, eps, turn)
+    dense = x.detach().contiguous()
+    y = torch.empty_like(dense)
+    fast.norm(dense, True, weight, eps, turn.contiguous(), False, y)
+    if not learning(x, weight):
+        return y
+    return recomputed(y, partial(_norm_and_rotate_reference, eps=eps, turn=turn), x, weight)

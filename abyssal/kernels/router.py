@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from abyssal.kernels.choice import native_for
+from abyssal.kernels.choice import learning, native_for
+from abyssal.kernels.recompute import recomputed
 
 
 def sqrt_softplus(logits: Tensor) -> Tensor:
@@ -52,10 +53,14 @@ def router_weights(
         weights_TK in the dtype of the logits, and chosen_TK; native kernels choose by falling score, of equal ones
         the lower number first.
     """
-    if (fast := native_for(logits_TE, bias_E)) is None:
+    if (fast := native_for(logits_TE, bias_E, backward=True)) is None:
         return router_weights_reference(logits_TE, bias_E, chosen_TK, k, scale)
     weights_TK = logits_TE.new_empty(len(logits_TE), k)
     found_TK = torch.empty(weights_TK.shape, dtype=torch.int64)
     given = None if chosen_TK is None else chosen_TK.contiguous()
-    fast.route(logits_TE.contiguous(), bias_E, given, scale, weights_TK, found_TK)
+    fast.route(logits_TE.detach().contiguous(), bias_E, given, scale, weights_TK, found_TK)
+    if learning(logits_TE):
+        weights_TK = recomputed(
+            weights_TK, lambda logits: router_weights_reference(logits, None, found_TK, k, scale)[0], logits_TE
+        )
     return weights_TK, found_TK

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from itertools import chain, repeat
+from types import ModuleType
 
 import torch
 import torch.nn.functional as F
@@ -84,6 +85,10 @@ class Attention(nn.Module):
         q_THC = self.wq_b(latent_TQ).unflatten(-1, (H, C))
         eps = self.config.rms_norm_eps
         kv_TC = norm_and_rotate(self.wkv(x_TD), self.kv_norm.weight, eps, turn_T)
+        fast = attention.fast(q_THC, kv_TC, self.attn_sink, memory.window.data)
+        if fast is not None:
+            o_THC = self._natively(fast, q_THC, kv_TC, latent_TQ, x_TD, batch, memory, rope, turn_T)
+            return self.wo_b(self.wo_a(o_THC.unflatten(1, (self.config.o_groups, -1)).flatten(2)))
         q_THC = norm_and_rotate(q_THC, None, eps, turn_T.unsqueeze(1))
         near_KC = self._window(kv_TC, batch, memory)
         far = None
@@ -102,6 +107,48 @@ class Attention(nn.Module):
         o_THC = F.pad(o_AHC[: batch.padded], (0, 0, 0, 0, 0, max(batch.padded - len(o_AHC), 0)))
         o_THC = rotate_tail(o_THC, turn_T.unsqueeze(1), inverse=True)
         return self.wo_b(self.wo_a(o_THC.unflatten(1, (self.config.o_groups, -1)).flatten(2)))
+
+    def _natively(
+        self,
+        fast: ModuleType,
+        q_THC: Tensor,
+        kv_TC: Tensor,
+        latent_TQ: Tensor,
+        x_TD: Tensor,
+        batch: Batch,
+        memory: LayerMemory,
+        rope: Rope,
+        turn_T: Tensor,
+    ) -> Tensor:
+        """From projected queries to what is projected back, by the native kernels.
+
+        What is read is a copy, since later passes write to the memory and gradients may be recorded; without them
+        `Steps` is faster.
+        """
+        ring, far = memory.window, None
+        if self.compressor is not None and memory.compressed is not None:
+            compressed, chosen = memory.compressed, None
+            entries = self.compressor(x_TD, batch, compressed, rope, fast)
+            if entries is not None:
+                self.compressor.store(entries, batch, compressed)
+            if self.indexer is not None and memory.index is not None:
+                with torch.no_grad():  # a choice has no gradient
+                    self.indexer.remember(x_TD, batch, memory.index, rope, fast)
+                    chosen = self.indexer.blocks(fast, latent_TQ, x_TD, turn_T, batch, memory.index)
+            rows_GB = batch.seen_rows(self.ratio)
+            G, B = rows_GB.shape
+            if B:
+                seen = compressed.read(rows_GB.flatten())
+                seen = torch.cat([seen.new_zeros(1, seen.shape[1]), seen])
+                far = attention.Blocks(self.ratio, seen, torch.arange(G).unsqueeze(1), B, chosen)
+        new = memory.codec.encode(kv_TC)
+        read = memory.codec.decode(new), memory.codec.decode(ring.data.clone())
+        near = attention.Window(batch.spans_G6, *read, ring.size, self.config.sliding_window)
+        eps = self.config.rms_norm_eps
+        o_THC = attention.attend(fast, q_THC, turn_T, self.attn_sink, eps, near, far, kept=False)
+        source, target = batch.window.written
+        ring.data.index_copy_(0, target, new.index_select(0, source))
+        return o_THC
 
     @staticmethod
     def _window(kv_TC: Tensor, batch: Batch, memory: LayerMemory) -> Tensor:

@@ -172,6 +172,7 @@ class Batch:
         self._blocks: dict[int, BlockPlan] = {}
         self._visible: dict[int, Tensor] = {}
         self._turns: dict[tuple[int, Rope], Tensor] = {}
+        self._seen: dict[int, Tensor] = {}
         self._few: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
 
     def pad(self, x: Tensor) -> Tensor:
@@ -335,6 +336,16 @@ class Batch:
             rows[~mask] = 0
             self._few[ratio, k] = torch.from_numpy(rows), torch.from_numpy(mask)
         return self._few[ratio, k]
+
+    def seen_rows(self, ratio: int) -> Tensor:
+        """Rows of all blocks that the last token of each span sees, [G, B], 0 for none; made once for a pass."""
+        if ratio not in self._seen:
+            most = [(span.start + span.length) // ratio for span in self.spans]
+            rows = np.zeros((len(self.spans), max(most)), np.int64)
+            for row, span, count in zip(rows, self.spans, most, strict=True):
+                row[:count] = span.cache.block_rows(np.arange(count), ratio)
+            self._seen[ratio] = torch.from_numpy(rows)
+        return self._seen[ratio]
 
     def shared_rows(self, group: Group, ratio: int, begin: int, stop: int) -> NDArray[np.int64]:
         """Rows of blocks begin .. stop - 1 of each sequence of a group, [G, stop - begin], 0 for none."""

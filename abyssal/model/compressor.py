@@ -5,12 +5,16 @@ One class serves CSA (blocks of 4, overlapping), HCA (blocks of 128) and the ind
 
 from __future__ import annotations
 
+from functools import partial
+from types import ModuleType
+
 import torch
 from torch import Tensor, nn
 
 from abyssal.arch.config import ModelConfig
 from abyssal.arch.schedule import LayerKind
-from abyssal.kernels.pool import pool
+from abyssal.kernels.pool import compress, pool
+from abyssal.kernels.recompute import recomputed
 from abyssal.kernels.rotary import norm_and_rotate
 from abyssal.kvcache.memory import CompressedMemory
 from abyssal.model.batch import Batch, BlockPlan
@@ -42,7 +46,9 @@ class Compressor(nn.Module):
         self.ape = nn.Parameter(torch.zeros(ratio, width))
         self.norm = RMSNorm(channels, config.rms_norm_eps)
 
-    def forward(self, x_TD: Tensor, batch: Batch, memory: CompressedMemory, rope: Rope) -> Tensor | None:
+    def forward(
+        self, x_TD: Tensor, batch: Batch, memory: CompressedMemory, rope: Rope, fast: ModuleType | None = None
+    ) -> Tensor | None:
         """Add tokens to the rings and return the entries that they complete.
 
         Args:
@@ -50,20 +56,30 @@ class Compressor(nn.Module):
             batch: where the tokens stand.
             memory: this compressor's memory; only its rings are written.
             rope: the layer's rotations.
+            fast: the native kernels, to get their bits, with the reference's gradients.
         Returns:
             entries [N, C] of the blocks of `batch.blocks(ratio)`, in the dtype of x, or None for no block.
         """
         plan = batch.blocks(self.ratio)
-        values_TW = self.wkv(x_TD)
-        logits_TW = self.wgate(x_TD) + wide(self.ape).index_select(0, plan.places)
+        values_TW, raw_TW = self.wkv(x_TD), self.wgate(x_TD)
+        logits_TW = raw_TW + wide(self.ape).index_select(0, plan.places)
         slots = self._slots(values_TW, logits_TW, plan, memory)
+        entries_NC = None
+        if slots is not None:
+            norm = partial(norm_and_rotate, eps=self.norm.eps, turn=rope.at(plan.starts))
+            if fast is None:
+                entries_NC = norm(pool(*slots).to(x_TD.dtype), self.norm.weight)
+            else:
+                with torch.no_grad():
+                    rings = memory.values.data.clone(), memory.logits.data.clone(), memory.values.size
+                    turns, weight = batch.block_turns(self.ratio, rope), (self.norm.weight, self.norm.eps)
+                    args = values_TW, raw_TW, self.ape, batch.spans_G6, rings, *weight, turns, None
+                    found = compress(fast, *args)
+                entries_NC = recomputed(found, lambda v, l, w: norm(pool(v, l), w), *slots, self.norm.weight)
         source, target = plan.written
         memory.values.data.index_copy_(0, target, values_TW.index_select(0, source))
         memory.logits.data.index_copy_(0, target, logits_TW.index_select(0, source))
-        if slots is None:
-            return None
-        pooled_NC = pool(*slots).to(x_TD.dtype)
-        return norm_and_rotate(pooled_NC, self.norm.weight, self.norm.eps, rope.at(plan.starts))
+        return entries_NC
 
     def _slots(
         self, values_TW: Tensor, logits_TW: Tensor, plan: BlockPlan, memory: CompressedMemory

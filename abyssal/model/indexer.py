@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from types import ModuleType
+
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from abyssal.arch.config import ModelConfig
-from abyssal.kernels.index_topk import choose
+from abyssal.kernels.index_topk import choose, choose_rows
 from abyssal.kernels.rotary import rotate_tail
 from abyssal.kernels.rounding import fake_fp4, hadamard
 from abyssal.kvcache.memory import CompressedMemory
@@ -38,9 +40,11 @@ class Indexer(nn.Module):
         self.compressor = Compressor(config, ratio, J)
         self.factor = J**-0.5 * I**-0.5
 
-    def remember(self, x_TD: Tensor, batch: Batch, memory: CompressedMemory, rope: Rope) -> None:
+    def remember(
+        self, x_TD: Tensor, batch: Batch, memory: CompressedMemory, rope: Rope, fast: ModuleType | None = None
+    ) -> None:
         """Add the index keys of the blocks that these tokens complete."""
-        keys = self.compressor(x_TD, batch, memory, rope)
+        keys = self.compressor(x_TD, batch, memory, rope, fast)
         if keys is not None:
             self.compressor.store(self._turned(keys), batch, memory)
 
@@ -88,6 +92,47 @@ class Indexer(nn.Module):
                     for i, chosen in enumerate(blocks[:, -1]):
                         noted[first + i] = chosen[chosen >= 0].numpy()
         return rows, mask
+
+    def blocks(
+        self,
+        fast: ModuleType,
+        latent_TQ: Tensor,
+        x_TD: Tensor,
+        turn_T: Tensor,
+        batch: Batch,
+        memory: CompressedMemory,
+    ) -> Tensor | None:
+        """Blocks that each token reads by the native kernels, [count, K]; None where each reads all that it sees.
+
+        Args:
+            fast: the native kernels; the others as of `rows`.
+        """
+        k, ratio = self.config.index_topk, memory.ratio
+        visible = batch.visible(ratio)
+        chosen = None
+        if int(visible.max()) > k:
+            with torch.no_grad():
+                q_TIJ, weights_TI = self._queries(latent_TQ, x_TD, turn_T)
+                chosen = choose_rows(
+                    fast,
+                    q_TIJ,
+                    weights_TI,
+                    batch.visible_Q(ratio),
+                    batch.firsts,
+                    batch.table_GP,
+                    memory.entries,
+                    memory.per_page,
+                    k,
+                )
+        if batch.watched is not None:
+            last = [span.first + span.length - 1 for span in batch.spans]
+            batch.watched.append(
+                [
+                    np.arange(visible[row]) if chosen is None else chosen[row][chosen[row] >= 0].numpy()
+                    for row in last
+                ]
+            )
+        return chosen
 
     def _queries(self, latent_TQ: Tensor, x_TD: Tensor, turn_T: Tensor) -> tuple[Tensor, Tensor]:
         """Index queries [T, I, J] and head weights [T, I], in float32 (float64 for float64)."""

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from abyssal.kernels import attention
 from abyssal.kernels.attention import Blocks, Window, attend, attend_reference
 from abyssal.kernels.choice import choice, forced, native
 from abyssal.kernels.rms_norm import rms_norm
@@ -91,13 +92,14 @@ class Case:
         assert module is not None
         return attend(module, self.q, self.turn, self.sink, EPS, near, self.blocks)
 
-    def entries_of(self, sequence: int, i: int) -> Tensor:
+    def places_of(self, sequence: int, i: int) -> list[tuple[int, int]]:
+        """What a token reads in its order: fresh (0), ring (1) or blocks (2), and the row."""
         first, _, start, _, slot, _ = self.spans[sequence].tolist()
         position = start + i
-        rows = []
-        for p in range(max(0, position - self.window + 1), position + 1):
-            own = p >= start
-            rows.append(self.fresh[first + p - start] if own else self.ring[slot * self.ring_size + p % self.ring_size])
+        places = [
+            (0, first + p - start) if p >= start else (1, slot * self.ring_size + p % self.ring_size)
+            for p in range(max(0, position - self.window + 1), position + 1)
+        ]
         if self.blocks is not None:
             numbers = torch.arange((position + 1) // self.ratio)
             if self.blocks.chosen is not None:
@@ -105,8 +107,14 @@ class Case:
                 numbers = numbers[numbers >= 0]
             per_page = self.blocks.per_page
             page = self.tables[sequence][numbers // per_page]
-            rows += [*self.blocks.entries[1 + page * per_page + numbers % per_page]]
-        return self.read(torch.stack(rows))
+            places += [(2, row) for row in (1 + page * per_page + numbers % per_page).tolist()]
+        return places
+
+    def entries_of(self, sequence: int, i: int) -> Tensor:
+        blocks = self.ring if self.blocks is None else self.blocks.entries
+        assert blocks is not None
+        arrays = (self.fresh, self.ring, blocks)
+        return self.read(torch.stack([arrays[a][row] for a, row in self.places_of(sequence, i)]))
 
     def check(self, got: Tensor) -> None:
         """The error is at most that of q . e, of the softmax and of the weighted sum, each in float32."""
@@ -219,3 +227,12 @@ def test_what_lies_outside_is_refused() -> None:
     case.spans[0, 4] = 1
     with pytest.raises(ValueError, match="outside"):
         case.run()
+
+
+def test_float64_stays_with_the_reference() -> None:
+    x = torch.zeros(2)
+    assert attention.fast(x.double()) is None
+    with forced("reference"):
+        assert attention.fast(x) is None
+    if native() is not None:
+        assert attention.fast(x) is not None

@@ -10,12 +10,14 @@ import torch
 import torch.nn.functional as F
 
 from abyssal.arch.config import ModelConfig
+from abyssal.kernels.choice import choice, forced, native
 from abyssal.kernels.router import sqrt_softplus
 from abyssal.kernels.sinkhorn import sinkhorn, sinkhorn_reference
 from abyssal.model import Batch, Transformer
 from abyssal.quant.entry import fake_entry
 from abyssal.quant.fp4 import fake_fp4
 from abyssal.quant.fp8 import fake_fp8
+from abyssal.quant.numerics import Mode, Numerics
 from tests.cases import random_config, random_ids, random_model
 
 STEP = 1e-6
@@ -120,6 +122,59 @@ def test_backward_passes_leave_no_tensors_behind() -> None:
     for _ in range(3):
         loss_of(model, ids).backward()
     assert tensors() <= before
+
+
+@pytest.mark.skipif(not choice().supported, reason="the extension was not built")
+@pytest.mark.parametrize("mode", ["exact", "fake", "packed"])
+def test_a_trainer_sees_the_numbers_of_a_rollout(mode: Mode) -> None:
+    """The native kernels give the same bits with gradients and without, in one pass and in chunks."""
+    config, double, ids = tiny()
+    config = replace(config, index_topk=8)
+    with forced(choice().supported[0]):
+        model = Transformer(config, numerics=Numerics.of(mode))
+        model.load_state_dict(double.state_dict())
+        model.requires_grad_(True)
+        logits = model(ids[None])
+        with torch.inference_mode():
+            assert torch.equal(model(ids[None]), logits)
+        cache = model.new_cache()
+        parts = [model(part[None], [cache]) for part in ids.split([70, 9, 1, len(ids) - 80])]
+        assert torch.equal(torch.cat(parts, dim=1), logits)
+
+
+@pytest.mark.skipif(not choice().supported, reason="the extension was not built")
+def test_native_gradients_are_near_those_in_float64() -> None:
+    """As near as the reference's in float32, whole and in chunks; and the same bits on one thread and on several."""
+    config, double, ids = tiny()
+    model = Transformer(config)
+    model.load_state_dict(double.state_dict())
+    model.requires_grad_(True)
+
+    def gradients(model: Transformer, parts: list[int]) -> dict[str, torch.Tensor]:
+        model.zero_grad()
+        cache = model.new_cache()
+        logits = torch.cat([model(part[None], [cache])[0] for part in ids.split(parts)])
+        F.cross_entropy(logits[:-1], ids[1:]).backward()
+        return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None and p.grad.any()}
+
+    def distance(found: dict[str, torch.Tensor]) -> float:
+        assert found.keys() == truth.keys()
+        return max(float((found[n].double() - x).norm() / x.norm()) for n, x in truth.items())
+
+    truth = gradients(double, [len(ids)])
+    with forced("reference"):
+        limit = distance(gradients(model, [len(ids)]))
+    with forced(choice().supported[0]):
+        whole = gradients(model, [len(ids)])
+        assert distance(whole) <= 4 * limit < 1e-3
+        assert distance(gradients(model, [70, 9, 1, len(ids) - 80])) <= 4 * limit
+        module = native()
+        assert module is not None
+        threads = module.threads()
+        module.set_threads(3)
+        again = gradients(model, [len(ids)])
+        module.set_threads(threads)
+        assert all(torch.equal(again[name], x) for name, x in whole.items())
 
 
 def test_inference_first_does_not_spoil_training() -> None:

@@ -145,8 +145,35 @@ def attend(
     per_page: int,
     blocks: Tensor | None,
     out: Tensor,
+    kept: bool,
 ) -> None:
-    """Attention into `out`, and `fresh` into the ring; see `abyssal.kernels.attention.attend`."""
+    """Attention into `out`, and `fresh` into the ring if `kept`; see `abyssal.kernels.attention.attend`."""
+
+def attend_backward(
+    q: Tensor,
+    turn: Tensor,
+    sink: Tensor,
+    eps: float,
+    scale: float,
+    spans: Tensor,
+    fresh: Tensor,
+    ring: Tensor,
+    window: int,
+    ring_size: int,
+    ratio: int,
+    entries: Tensor | None,
+    tables: Tensor | None,
+    per_page: int,
+    blocks: Tensor | None,
+    out: Tensor,
+    dout: Tensor,
+    dq: Tensor,
+    dsink: Tensor,
+    dfresh: Tensor,
+    dring: Tensor,
+    dentries: Tensor | None,
+) -> None:
+    """The gradients of what `attend` reads, all of it float32, where no two sequences share a page."""
 
 def compress(
     values: Tensor,

@@ -28,7 +28,8 @@ void check_case(const Kernels& kernels, bool packed, std::int64_t heads, std::in
   for (std::int64_t t = 0; t < tokens; ++t)
     for (std::int64_t i = 0; i < k; ++i) blocks.push_back(i < t ? i * 3 : -1);
   const auto q = normal(tokens * heads * dim), turn = normal(tokens * rotated), sink = normal(heads);
-  std::vector<float> outs[2];
+  const auto dout = normal(tokens * heads * dim);
+  std::vector<float> outs[2], grads[2][5];
   std::vector<std::uint8_t> rings[2] = {start, start};
   for (int i = 0; i < 2; ++i) {
     outs[i].resize(q.size());
@@ -49,18 +50,30 @@ void check_case(const Kernels& kernels, bool packed, std::int64_t heads, std::in
     a.ring_size = ring_size;
     a.fresh = {stored, fresh.data(), bytes, dim, rotated};
     a.ring = {stored, rings[i].data(), bytes, dim, rotated};
+    a.kept = true;
     a.ratio = ratio;
     a.entries = {stored, entries.data(), bytes, dim, rotated};
     a.pages = {per_page, pages, tables.data()};
     a.blocks = k > 0 ? blocks.data() : nullptr;
     a.k = k;
     (i == 0 ? kernels : plain()).attend(a);
+    if (packed) continue;
+    const std::size_t sizes[] = {q.size(), sink.size(), fresh.size() / 4, start.size() / 4, entries.size() / 4};
+    for (int j = 0; j < 5; ++j) grads[i][j].resize(sizes[j]);
+    (i == 0 ? kernels : plain())
+        .attend_backward({a, dout.data(), grads[i][0].data(), grads[i][1].data(), grads[i][2].data(),
+                          grads[i][3].data(), grads[i][4].data()});
   }
+  for (int j = 0; j < 5; ++j)
+    ABYSSAL_EXPECT(std::memcmp(grads[0][j].data(), grads[1][j].data(), grads[0][j].size() * sizeof(float)) == 0);
   ABYSSAL_EXPECT(std::memcmp(outs[0].data(), outs[1].data(), outs[0].size() * sizeof(float)) == 0);
   ABYSSAL_EXPECT(rings[0] == rings[1]);
 }
 
 }  // namespace
+
+// the way back is compared in check_attend, on the same cases
+void check_attend_backward(const Kernels&) {}
 
 void check_attend(const Kernels& kernels) {
   for (const bool packed : {false, true}) {

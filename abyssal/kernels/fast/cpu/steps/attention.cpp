@@ -96,6 +96,7 @@ void attention_step(const Kernels& k, const AttentionWeights& w, const Attention
   a.eps = w.site.rms_eps;
   a.scale = w.softmax_scale;
   a.window = w.window, a.ring = p.ring, a.ring_size = p.ring_size;
+  a.kept = true;
   k.attend(a);
   // rows of nobody
   const std::int64_t used = p.sequences == 0 ? 0 : p.spans[p.sequences - 1].first + p.spans[p.sequences - 1].length;
