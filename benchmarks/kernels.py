@@ -1,11 +1,14 @@
 """Each native kernel beside what this machine can do at most, measured in the same run.
 
-    python benchmarks/kernels.py [--only linear] [--isas avx512 avx2] [--out benchmarks/results/kernels.json]
+    python benchmarks/kernels.py [--only few] [--isas avx512 avx2] [--out benchmarks/results/kernels.json]
 
 A product of one row reads its weight once, so it is held against the rate at which memory is read (the kernel
 `read` on as many threads); weights of 400 MB take turns, so that no cache holds them. A product of many rows is held
 against torch's bfloat16 and float32 products of the same size. Both sides alternate, and the fastest run of each
 counts, since other tenants of a machine only ever slow it down. What this does not show: a whole layer or model.
+
+Ways back: the experts' products are held against torch's float32 product, the rest and a whole training step of the
+`nano` preset (forward and backward of 8 x 512 tokens) against the plain reference.
 """
 
 from __future__ import annotations
@@ -22,13 +25,20 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+from abyssal.arch.presets import preset
 from abyssal.base.files import write_json
 from abyssal.base.machine import this_machine
 from abyssal.kernels.choice import choice, forced, native
+from abyssal.kernels.experts import fused_experts
 from abyssal.kernels.linear import linear, linear_by_rows
 from abyssal.kernels.packed import FORMATS, Packed
+from abyssal.kernels.streams import enter, leave
+from abyssal.kvcache import SequenceCache
+from abyssal.model import Transformer
+from abyssal.model.init import initialise
 
 WORKING_SET = 400_000_000
 READ_BYTES = 1 << 29
@@ -132,11 +142,74 @@ def grouped(isa: str, repeat: int) -> Iterator[Row]:
     }  # fmt: skip
 
 
+def experts_back(isa: str, repeat: int) -> Iterator[Row]:
+    """Gradients of the experts, shared one included, against torch's product of as many rows."""
+    for model, T, D, F, E, K in (("nano", 4096, 256, 128, 16, 2), ("wide", 4096, 1024, 512, 32, 2)):
+        shapes = [(E, F, D), (E, F, D), (E, D, F), (F, D), (F, D), (D, F)]
+        leaves = [torch.randn(shape) * shape[-1] ** -0.5 for shape in shapes]
+        inputs = [x.requires_grad_() for x in (torch.randn(T, D), torch.rand(T, K), *leaves)]
+        stored = [(w, None) for w in inputs[2:]]
+        chosen = torch.rand(T, E).topk(K).indices
+        y = fused_experts(inputs[0], inputs[1], chosen, stored[:3], stored[3:], 10.0, 0)
+        assert y is not None
+        dy, rows = torch.randn(T, D), torch.randn(T * (K + 1), D)
+        took, theirs, _ = against(
+            lambda y=y, dy=dy, inputs=inputs: torch.autograd.grad(y, inputs, dy, retain_graph=True),
+            lambda rows=rows, w=leaves[3].detach(): rows @ w.T,
+            repeat,
+        )
+        flop = 2 * len(rows) * D * F  # of one product; the way back has six
+        yield {
+            "op": "experts_backward", "isa": isa, "model": model, "weight": "float32", "outputs": F, "inputs": D,
+            "rows": T, "activations": "float32", "flop_per_s": 6 * flop / took, "torch_flop_per_s": flop / theirs,
+            "of_torch": 6 * theirs / took,
+        }  # fmt: skip
+
+
+def training(isa: str, repeat: int) -> Iterator[Row]:
+    """One mHC site and one step of `nano`, forward and backward, against the reference."""
+    T, N, D = 4096, 4, 256
+    site = [torch.randn(s) * 0.1 for s in ((T, N, D), (24, N * D), (24,), (3,), (D,))]
+    leaves = [x.requires_grad_() for x in site]
+
+    def one_site() -> None:
+        x, gates = enter(*leaves, 1e-6, 1e-6, 20)
+        leave(x, leaves[0], gates).sum().backward()
+
+    model = initialise(Transformer(preset("nano")), seed=0)
+    ids = torch.randint(0, 4096, (8, 513), generator=torch.Generator().manual_seed(0))
+
+    def one_step() -> None:
+        model.zero_grad()
+        caches = [SequenceCache(memory) for memory in [model.new_memory()] for _ in ids]
+        out = model.run(ids[:, :-1].flatten(), caches, [512] * len(ids))
+        functional.cross_entropy(model.logits(out.z_TD), ids[:, 1:].flatten()).backward()
+
+    def plainly(run: Callable[[], None]) -> None:
+        with forced("reference"):
+            run()
+
+    for op, run in (("mhc_site", one_site), ("training_step", one_step)):
+        took, theirs, ratio = against(run, lambda run=run: plainly(run), max(repeat // 3, 2))
+        yield {
+            "op": op, "isa": isa, "model": "nano", "weight": "float32", "outputs": D, "inputs": D, "rows": T,
+            "seconds": took, "reference_seconds": theirs, "of_reference": ratio,
+        }  # fmt: skip
+
+
+def back(isa: str, repeat: int) -> Iterator[Row]:
+    """All ways back."""
+    with torch.inference_mode(False), torch.enable_grad():
+        yield from [*experts_back(isa, repeat), *training(isa, repeat)]
+
+
 def show(row: Row) -> None:
-    what = f"{row['isa']:7s} {row['op']:15s} {row['model']:5s} {row['weight']:8s}"
+    what = f"{row['isa']:7s} {row['op']:16s} {row['model']:5s} {row['weight']:8s}"
     what += f" {row['outputs']:5d} x {row['inputs']:5d} x {row['rows']:4d}"
     if "of_read" in row:
         print(f"{what}  {row['bytes_per_s'] / 1e9:6.1f} GB/s  {row['of_read']:5.2f} of reading", flush=True)
+    elif "of_reference" in row:
+        print(f"{what}  {row['seconds'] * 1e3:6.1f} ms  {row['of_reference']:5.1f}x the reference's speed", flush=True)
     else:
         print(
             f"{what}  {row['flop_per_s'] / 1e9:6.0f} GFLOP/s  {row['of_torch']:5.2f} of torch's {row['activations']}",
@@ -150,7 +223,7 @@ def main() -> None:
     fit = [name for name in choice().supported if name != "scalar"]
     parser.add_argument("--isas", nargs="+", default=fit)
     parser.add_argument("--weights", nargs="+", default=list(FORMATS))
-    parser.add_argument("--only", choices=["few", "many", "grouped"])
+    parser.add_argument("--only", choices=["few", "many", "grouped", "back"])
     parser.add_argument("--repeat", type=int, default=15)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "kernels.json")
     args = parser.parse_args()
@@ -162,6 +235,7 @@ def main() -> None:
                     "few": lambda isa=isa: few_rows(isa, args.repeat, args.weights),
                     "many": lambda isa=isa: many_rows(isa, args.repeat, args.weights),
                     "grouped": lambda isa=isa: grouped(isa, args.repeat),
+                    "back": lambda isa=isa: back(isa, args.repeat),
                 }
                 for name, part in parts.items():
                     if args.only in (None, name):

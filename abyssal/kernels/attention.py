@@ -149,7 +149,7 @@ def _arguments(
     return (q_THC, turn, sink_H, eps, scale, *near, ratio, entries, tables, per_page, chosen)
 
 
-class _Learning(torch.autograd.Function):
+class _Attend(torch.autograd.Function):
     """Attention where a gradient is needed; the softmax is computed again on the way back."""
 
     @staticmethod
@@ -211,7 +211,7 @@ def attend(
     read = q_THC, sink_H, window.fresh, window.ring, far.entries
     if not kept and learning(*read):
         read = tuple(x if x is None else x.contiguous() for x in read)  # type: ignore[assignment]
-        return _Learning.apply(module, *plans, *read)  # type: ignore[no-untyped-call]
+        return _Attend.apply(module, *plans, *read)  # type: ignore[no-untyped-call]
     out = torch.empty_like(q_THC)
     module.attend(*_arguments(*plans, *read), out, kept)
     return out

@@ -60,7 +60,7 @@ def _run(
     return y_TD
 
 
-class _Learning(torch.autograd.Function):
+class _Experts(torch.autograd.Function):
     """`_run` for float32 weights where a gradient is needed; keeps what enters the activations."""
 
     @staticmethod
@@ -131,4 +131,4 @@ def fused_experts(
     if len(tensors) < len(routed) + len(shared) or any(w.dtype != torch.float32 for w, _ in tensors):
         return None
     weights = (w for w, _ in tensors)
-    return _Learning.apply(fast, (limit, block), chosen_TK, x_TD, gains_TK, *weights)  # type: ignore[no-untyped-call]
+    return _Experts.apply(fast, (limit, block), chosen_TK, x_TD, gains_TK, *weights)  # type: ignore[no-untyped-call]

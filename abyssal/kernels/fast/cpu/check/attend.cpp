@@ -64,8 +64,7 @@ void check_case(const Kernels& kernels, bool packed, std::int64_t heads, std::in
         .attend_backward({a, dout.data(), grads[i][0].data(), grads[i][1].data(), grads[i][2].data(),
                           grads[i][3].data(), grads[i][4].data()});
   }
-  for (int j = 0; j < 5; ++j)
-    ABYSSAL_EXPECT(std::memcmp(grads[0][j].data(), grads[1][j].data(), grads[0][j].size() * sizeof(float)) == 0);
+  for (int j = 0; j < 5; ++j) ABYSSAL_EXPECT(grads[0][j] == grads[1][j]);
   ABYSSAL_EXPECT(std::memcmp(outs[0].data(), outs[1].data(), outs[0].size() * sizeof(float)) == 0);
   ABYSSAL_EXPECT(rings[0] == rings[1]);
 }

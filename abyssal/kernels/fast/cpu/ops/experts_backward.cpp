@@ -75,7 +75,7 @@ void pass_backward(const ExpertsBackwardArgs& a, const ExpertGradients& w, const
   const auto at = [&](float* values, std::int64_t e) { return values + firsts[e] * inner; };
   products(w.matrices, [&](std::int64_t e) {
     return Outer{count(e), inner, width, dy + firsts[e] * width, width, 1, w.w2 + e * size, inner,
-                 at(&dgate[0], e), inner, false};
+                 at(dgate.data(), e), inner, false};
   });
   each_row(rows, inner, [&](std::int64_t row) {
     const float *gate = w.gate + row * inner, *up = w.up + row * inner;
@@ -91,10 +91,10 @@ void pass_backward(const ExpertsBackwardArgs& a, const ExpertGradients& w, const
                    false};
     });
   };
-  of_inputs(&dgate[0], w.dw1);
-  of_inputs(&dup[0], w.dw3);
+  of_inputs(dgate.data(), w.dw1);
+  of_inputs(dup.data(), w.dw3);
   products(w.matrices, [&](std::int64_t e) {
-    return Outer{width, inner, count(e), dy + firsts[e] * width, 1, width, at(&active[0], e), inner, w.dw2 + e * size,
+    return Outer{width, inner, count(e), dy + firsts[e] * width, 1, width, at(active.data(), e), inner, w.dw2 + e * size,
                  inner, false};
   });
   const auto to_inputs = [&](float* grads, const float* weight, bool added) {
@@ -103,8 +103,8 @@ void pass_backward(const ExpertsBackwardArgs& a, const ExpertGradients& w, const
                    width, added};
     });
   };
-  to_inputs(&dgate[0], w.w1, false);
-  to_inputs(&dup[0], w.w3, true);
+  to_inputs(dgate.data(), w.w1, false);
+  to_inputs(dup.data(), w.w3, true);
 }
 
 }  // namespace
@@ -117,7 +117,7 @@ void experts_backward(const ExpertsBackwardArgs& a) {
     each_row(a.tokens, width, [&](std::int64_t t) {
       round_row<E4m3>(a.x + t * width, &rounded[t * width], width, a.block);
     });
-    x = &rounded[0];
+    x = rounded.data();
   }
   const std::int64_t everyone[2] = {0, a.tokens};
   if (a.shared.matrices > 0)
@@ -132,8 +132,8 @@ void experts_backward(const ExpertsBackwardArgs& a) {
   });
   // the rows' own gradients take the place of the rows, which are read for the last time before
   pass_backward(
-      a, a.routed, &sorted.firsts[0], pairs, &rows[0], &grads[0], &gains[0],
-      [&](std::int64_t row, float value) { a.dgains[sorted.pair[row]] = value; }, &rows[0]);
+      a, a.routed, sorted.firsts.data(), pairs, rows.data(), grads.data(), gains.data(),
+      [&](std::int64_t row, float value) { a.dgains[sorted.pair[row]] = value; }, rows.data());
   // a token adds its experts in rising order, then the shared one
   each_row(a.tokens, width, [&](std::int64_t t) {
     float* to = a.dx + t * width;

@@ -21,6 +21,9 @@ class Buffer {
 
   T& operator[](std::int64_t i) { return data_[i]; }
   const T& operator[](std::int64_t i) const { return data_[i]; }
+  // null if there are none
+  T* data() { return count_ > 0 ? data_ : nullptr; }
+  const T* data() const { return count_ > 0 ? data_ : nullptr; }
   std::int64_t size() const { return count_; }
 
  private:
