@@ -2,10 +2,13 @@
 
     python benchmarks/kernels.py [--only few] [--isas avx512 avx2] [--out benchmarks/results/kernels.json]
 
-A product of one row reads its weight once, so it is held against the rate at which memory is read (the kernel
-`read` on as many threads); weights of 400 MB take turns, so that no cache holds them. A product of many rows is held
-against torch's bfloat16 and float32 products of the same size. Both sides alternate, and the fastest run of each
-counts, since other tenants of a machine only ever slow it down. What this does not show: a whole layer or model.
+A product of a few rows reads its weight once, so it is held against the rate at which memory is read (the kernel
+`read` on as many threads); weights of 400 MB take turns, so that no cache holds them. With more rows arithmetic takes
+longer than reading: the limit is then the longer of the two, arithmetic at the rate of the same product of 512 rows.
+Rows are float32 or `rounded` to FP8, as the real numerics round them; the latter pass as bfloat16 where that pays.
+A product of many rows is held against torch's bfloat16 and float32 products of the same size. Both sides alternate,
+and the fastest run of each counts, since other tenants of a machine only ever slow it down. What this does not show:
+a whole layer or model.
 
 Ways back: the experts' products are held against torch's float32 product, the rest and a whole training step of the
 `nano` preset (forward and backward of 8 x 512 tokens) against the plain reference.
@@ -14,6 +17,7 @@ Ways back: the experts' products are held against torch's float32 product, the r
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import platform
 import sys
@@ -35,6 +39,7 @@ from abyssal.kernels.choice import choice, forced, native
 from abyssal.kernels.experts import fused_experts
 from abyssal.kernels.linear import linear, linear_by_rows
 from abyssal.kernels.packed import FORMATS, Packed
+from abyssal.kernels.rounding import fake_fp8
 from abyssal.kernels.streams import enter, leave
 from abyssal.kvcache import SequenceCache
 from abyssal.model import Transformer
@@ -89,20 +94,26 @@ def few_rows(isa: str, repeat: int, kinds: list[str]) -> Iterator[Row]:
                 one = Packed(*random_weight(kind, outputs, inputs))
                 weights = [one, *(Packed(*one.stored()) for _ in range(max(WORKING_SET // one.nbytes, 2) - 1))]
                 size = sum(weight.nbytes for weight in weights)
-                for rows in ROWS:
-                    x = torch.randn(rows, inputs)
+                for rows, rounded in itertools.product(ROWS, (False, True)):
+                    if rounded and kind in ("float32", "bfloat16"):
+                        continue
+                    x, large = torch.randn(rows, inputs), torch.randn(PREFILL_ROWS, inputs)
+                    if rounded:
+                        x, large = fake_fp8(x, 128), fake_fp8(large, 128)
 
                     def run(weights: list[Packed] = weights, x: Tensor = x) -> None:
                         for weight in weights:
                             linear(x, weight)
 
                     took, read, ratio = against(run, lambda: fast().read(memory), repeat)
+                    per_row = min(seconds(lambda x=large, w=one: linear(x, w)) for _ in range(3)) / PREFILL_ROWS
                     share = ratio * size / READ_BYTES
+                    limit = max(read * size / READ_BYTES, per_row * rows * len(weights))
                     yield {
                         "op": "linear", "isa": isa, "model": model, "weight": kind, "outputs": outputs,
-                        "inputs": inputs, "rows": rows, "bytes_per_s": size / took,
-                        "read_bytes_per_s": READ_BYTES / read, "of_read": share,
-                        "flop_per_s": 2 * rows * outputs * inputs * len(weights) / took,
+                        "inputs": inputs, "rows": rows, "activations": "rounded" if rounded else "float32",
+                        "bytes_per_s": size / took, "read_bytes_per_s": READ_BYTES / read, "of_read": share,
+                        "of_limit": limit / took, "flop_per_s": 2 * rows * outputs * inputs * len(weights) / took,
                     }  # fmt: skip
 
 
@@ -112,8 +123,10 @@ def many_rows(isa: str, repeat: int, kinds: list[str]) -> Iterator[Row]:
         for outputs, inputs in shapes:
             values = torch.randn(outputs, inputs)
             flop = 2 * PREFILL_ROWS * outputs * inputs
-            for dtype in (torch.bfloat16, torch.float32):
+            for dtype, rounded in ((torch.bfloat16, False), (torch.float32, False), (torch.float32, True)):
                 x, dense = torch.randn(PREFILL_ROWS, inputs).to(dtype), values.to(dtype)
+                x = fake_fp8(x, 128) if rounded else x
+                name = "rounded" if rounded else str(dtype).removeprefix("torch.")
                 for kind in kinds:
                     weight = Packed(*random_weight(kind, outputs, inputs))
                     took, theirs, ratio = against(
@@ -121,7 +134,7 @@ def many_rows(isa: str, repeat: int, kinds: list[str]) -> Iterator[Row]:
                     )
                     yield {
                         "op": "linear", "isa": isa, "model": model, "weight": kind, "outputs": outputs,
-                        "inputs": inputs, "rows": PREFILL_ROWS, "activations": str(dtype).removeprefix("torch."),
+                        "inputs": inputs, "rows": PREFILL_ROWS, "activations": name,
                         "flop_per_s": flop / took, "torch_flop_per_s": flop / theirs, "of_torch": ratio,
                     }  # fmt: skip
 
@@ -207,7 +220,11 @@ def show(row: Row) -> None:
     what = f"{row['isa']:7s} {row['op']:16s} {row['model']:5s} {row['weight']:8s}"
     what += f" {row['outputs']:5d} x {row['inputs']:5d} x {row['rows']:4d}"
     if "of_read" in row:
-        print(f"{what}  {row['bytes_per_s'] / 1e9:6.1f} GB/s  {row['of_read']:5.2f} of reading", flush=True)
+        print(
+            f"{what}  {row['bytes_per_s'] / 1e9:6.1f} GB/s  {row['of_read']:5.2f} of reading"
+            f"  {row['of_limit']:5.2f} of the limit  {row['activations']}",
+            flush=True,
+        )
     elif "of_reference" in row:
         print(f"{what}  {row['seconds'] * 1e3:6.1f} ms  {row['of_reference']:5.1f}x the reference's speed", flush=True)
     else:

@@ -39,8 +39,12 @@ class Many {
         step = w_.groups() * Tile::size;
       } else {
         for (int s = 0; s < S; ++s)
-          for (int g = 0; g < count; ++g)
-            Tile::unpack(block_of<F>(w_, strip_ + s, group + g), values_[s] + g * Tile::size);
+          for (int g = 0; g < count; ++g) {
+            const std::uint8_t* block = block_of<F>(w_, strip_ + s, group + g);
+            for (int line = 0; line < block_bytes(F::format); line += 64)
+              __builtin_prefetch(block + line + chunk_groups * block_bytes(F::format));  // the next chunk
+            Tile::unpack(block, values_[s] + g * Tile::size);
+          }
       }
       if constexpr (scaled<F>)
         for (int s = 0; s < S; ++s)
