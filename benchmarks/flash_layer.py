@@ -1,6 +1,6 @@
 """One real-shaped Flash layer of each kind over a cache of 1M tokens, and the tokens/s that their sum would give.
 
-    python benchmarks/flash_layer.py [--kinds swa csa hca head] [--profile] [--out benchmarks/results/flash_layer.json]
+    python benchmarks/flash_layer.py [--kinds swa csa hca head] [--out benchmarks/results/flash_layer.json]
 
 The weights are synthetic, in the formats of the release, packed, with all 256 experts in memory; the cache is filled
 with synthetic entries. Layers run one after another in memory, through `Block`, as `Transformer.run` calls it. Every
@@ -254,10 +254,11 @@ def prefill(stage: Stage, tokens: int, repeat: int) -> Row:
 
 def head(repeat: int, memory: Tensor) -> Row:
     """The last collapse, the norm and the logits of one token."""
-    config = replace(preset("flash"), num_hidden_layers=0, compress_ratios=(0,), num_nextn_predict_layers=0)
+    config = replace(preset("flash"), num_hidden_layers=1, compress_ratios=(0, 0), num_hash_layers=0)
     with torch.device("meta"):
         model = Transformer(config)
-    model.embed = nn.Identity()  # type: ignore[assignment]  # a row of it for a token
+    # a token needs a row of the embedding, and the layers are measured for themselves
+    model.embed, model.layers, model.mtp = nn.Identity(), nn.ModuleList(), nn.ModuleList()  # type: ignore[assignment]
     fill(model, "", cast(Release, Synthetic(config)), torch.float32, True)
     model.pack()
     times, read = [], []
@@ -273,50 +274,6 @@ def head(repeat: int, memory: Tensor) -> Row:
         "least_seconds": size * min(read), "of_bandwidth": size * min(read) / min(times),
         "times_the_limit": min(times) / size / min(read),
     }  # fmt: skip
-
-
-def profile(stage: Stage, context: int, tokens: int, repeat: int) -> None:
-    """Print where the time goes: the native calls, the fastest run of each, and the rest."""
-    module = native()
-    assert module is not None
-    spent: dict[str, float] = {}
-
-    def timed(name: str, call: Any) -> Any:
-        def run(*args: Any) -> Any:
-            key = name if name != "linear" else f"linear {args[2].shape[0]} x {args[2].shape[-1]}"
-            begin = time.perf_counter()
-            result = call(*args)
-            spent[key] = spent.get(key, 0.0) + time.perf_counter() - begin
-            return result
-
-        return run
-
-    kept = {name: getattr(module, name) for name in dir(module) if name in _CALLS}
-    for name, call in kept.items():
-        setattr(module, name, timed(name, call))
-    runs = []
-    for _ in range(repeat):
-        cache = at(stage.memory, context - 2) if tokens == 1 else SequenceCache(stage.memory)
-        cache.reserve(tokens)
-        batch = Batch([cache], [tokens])
-        for _ in range(2 if tokens == 1 else 1):  # a single token's batch is ready at the second time
-            x, ids = inputs(stage.config, tokens, batch.padded)
-            spent.clear()
-            begin = time.perf_counter()
-            stage.run(x, ids, batch)
-            took = time.perf_counter() - begin
-        runs.append({"all": took, "outside native calls": took - sum(spent.values()), **spent})
-        cache.release()
-    for name, call in kept.items():
-        setattr(module, name, call)
-    for name in sorted(runs[0], key=lambda name: -min(run[name] for run in runs)):
-        print(f"    {1e3 * min(run[name] for run in runs):9.3f} ms  {name}")
-
-
-_CALLS = (
-    "attend", "compress", "enter", "experts", "index_topk", "leave", "linear", "linear_by_columns", "linear_by_rows",
-    "norm", "rounding", "route", "swiglu",
-)  # fmt: skip
 
 
 def show(row: Row) -> None:
@@ -361,10 +318,6 @@ def measured(kinds: list[str], args: argparse.Namespace) -> Iterator[Row]:
         yield decode(stage, args.context, args.repeat, memory)
         for tokens in args.prompts:
             yield prefill(stage, tokens, max(args.repeat // 10, 2))
-        if args.profile:
-            profile(stage, args.context, 1, args.repeat)
-            for tokens in args.prompts:
-                profile(stage, args.context, tokens, 1)
 
 
 def main() -> None:
@@ -374,7 +327,6 @@ def main() -> None:
     parser.add_argument("--context", type=int, default=CONTEXT, help="a multiple of 128")
     parser.add_argument("--prompts", nargs="*", type=int, default=[512, 2048])
     parser.add_argument("--repeat", type=int, default=40)
-    parser.add_argument("--profile", action="store_true", help="print what the calls of a layer take")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "flash_layer.json")
     args = parser.parse_args()
     torch.manual_seed(0)
