@@ -24,7 +24,7 @@ class Abyssal:
     """One request at a time; no reuse of prompts."""
 
     def __init__(self, folder: Path, longest: int):
-        self.engine = Engine(load_model(folder, keep_quantised=True), budget=1 << 30, slots=2)
+        self.engine = Engine(load_model(folder, keep_stored=True), budget=1 << 30, slots=2)
         self.about: dict[str, Any] = {
             "weights": "FP4 and FP8 as stored, others expanded to float32",
             "activations": "float32",

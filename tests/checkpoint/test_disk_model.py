@@ -63,7 +63,7 @@ def ids_of(*shape: int, seed: int = 0) -> torch.Tensor:
 @pytest.mark.parametrize("slots", [1, 2, 4, EXPERTS * LAYERS])
 def test_logits_are_those_of_the_release_in_memory(release: Path, kernels: str, slots: int, mode: str) -> None:
     numerics = Numerics.of("fake" if mode == "fake" else "exact")
-    whole = load_model(release, numerics=numerics, keep_quantised=True).pack()
+    whole = load_model(release, numerics=numerics, keep_stored=True).pack()
     model, cache = load_from_disk(Release(release), slots, numerics=numerics)
     with torch.inference_mode():
         for batch, length in ((1, 1), (1, 70), (3, 20)):
@@ -81,7 +81,7 @@ def test_logits_are_those_of_the_release_in_memory(release: Path, kernels: str, 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_other_types_of_activations(release: Path, dtype: torch.dtype) -> None:
-    whole = load_model(release, dtype=dtype, keep_quantised=True).pack()
+    whole = load_model(release, dtype=dtype, keep_stored=True).pack()
     model, _ = load_from_disk(Release(release), 4, dtype=dtype)
     with torch.inference_mode():
         assert torch.equal(model(ids_of(2, 30)), whole(ids_of(2, 30)))
@@ -118,7 +118,7 @@ def layer_of(release: Path, slots: int) -> tuple[Experts, DiskExperts, ExpertCac
     model, cache = load_from_disk(Release(release), slots)
     experts = model.layers[1].ffn.experts
     assert isinstance(experts, DiskExperts)
-    whole = load_model(release, keep_quantised=True).pack().layers[1].ffn.experts
+    whole = load_model(release, keep_stored=True).pack().layers[1].ffn.experts
     return whole, experts, cache
 
 
@@ -199,7 +199,7 @@ def requests_of(count: int) -> list[Request]:
 
 
 def test_the_engine_gives_the_same_tokens(release: Path) -> None:
-    whole = Engine(load_model(release, keep_quantised=True), budget=1 << 26)
+    whole = Engine(load_model(release, keep_stored=True), budget=1 << 26)
     model, cache = load_from_disk(Release(release), 5)
     engine = Engine(model, budget=1 << 26, slots=3, step_tokens=20, expert_use=cache.use)
     got, want = answers(engine, requests_of(6)), answers(whole, requests_of(6))
