@@ -7,7 +7,7 @@ Four parts, each measured and not only computed:
 - bytes: the memory of Flash's and Pro's shapes at 1M tokens, as the allocator counts it, against V3.2's layout
   and GQA-8's by the specification's arithmetic;
 - real: Flash's whole cache at 1M tokens is allocated packed, every page of it is filled with synthetic entries,
-  and one real-shaped CSA layer and one HCA layer read it through the attention code of the model;
+  and a block with one real-shaped CSA or HCA layer and hardly any experts reads it;
 - flops: matrix products of one decoded token of Flash-shaped layers, counted as torch executes them, against the
   formulas of architecture.md 4.2;
 - time: one decoded token of the bundled model at growing contexts. The entries are synthetic, so that 1M tokens
@@ -43,6 +43,8 @@ from abyssal.kernels.choice import forced
 from abyssal.kvcache import Memory, SequenceCache
 from abyssal.model import Batch, Transformer
 from abyssal.model.attention import Attention
+from abyssal.model.block import Block
+from abyssal.model.linear import PackedModule
 from abyssal.model.rope import Rope
 from abyssal.quant.numerics import Numerics
 
@@ -117,20 +119,25 @@ def real_flash(context: int) -> dict[str, Any]:
     result["growing_bytes_of_sequence"] = cache.growing_bytes
     for kind, ratio in (("csa", 4), ("hca", 128)):
         number = config.backbone_ratios.index(ratio)
-        layer = Attention(config, ratio, Numerics.of("packed")).requires_grad_(False)
+        small = replace(config, n_routed_experts=8, moe_intermediate_size=32)
+        block = Block(small, ratio, False, Numerics.of("packed")).requires_grad_(False)
         with torch.inference_mode():
-            for p in layer.parameters():
+            for p in block.parameters():
                 p.copy_(torch.randn(p.shape) * (p.shape[-1] ** -0.5 if p.dim() > 1 else 0.1))
+            for module in block.modules():
+                if isinstance(module, PackedModule):
+                    module.pack()
             rope = Rope(config, ratio, torch.float32)
             times = []
             for _ in range(3):
                 batch = Batch([cache], [1])
-                x = torch.randn(batch.padded, config.hidden_size)
+                x = torch.randn(batch.padded, config.hc_mult, config.hidden_size)
+                ids, turn = torch.zeros(batch.padded, dtype=torch.long), rope.at(batch.positions)
                 begin = time.perf_counter()
-                y = layer(x, batch, memory.layers[number], rope, rope.at(batch.positions))
+                y = block(x, ids, batch, memory.layers[number], rope, turn)
                 times.append(time.perf_counter() - begin)
             assert y.isfinite().all()
-        result[f"{kind}_attention_s"] = min(times)
+        result[f"{kind}_s"] = min(times)
     return result
 
 
@@ -174,8 +181,9 @@ def decode_times(model: Transformer, contexts: tuple[int, ...], repeat: int) -> 
     for turn in range(repeat + 2):
         for context, cache in caches.items():
             begin = time.perf_counter()
-            output = runner.run([cache], [[100 + turn]])
-            runner.logits(output.z_TD)
+            with runner.working(1, context):
+                output = runner.run([cache], [[100 + turn]])
+                runner.logits(output.z_TD)
             cache.rewind(context)
             if turn >= 2:
                 times[context].append(time.perf_counter() - begin)
@@ -231,7 +239,8 @@ def main() -> None:
         row = flops[kind]
         extra = row["counted"] / row["formula"]
         print(f"{kind}: products counted {row['counted']:.3e}, formula {row['formula']:.3e}, ratio {extra:.3f}")
-    times = decode_times(load_model(bundled_folder()).requires_grad_(False), contexts, 5 if args.quick else 15)
+    model = load_model(bundled_folder(), keep_stored=True).requires_grad_(False)
+    times = decode_times(model, contexts, 5 if args.quick else 15)
     for row in times:
         print(f"{row['context']:9,d} tokens: {1e3 * row['seconds']:7.1f} ms a token (best {1e3 * row['best']:.1f})")
     by = {row["context"]: row["seconds"] for row in times}
@@ -239,7 +248,7 @@ def main() -> None:
     print(
         f"real Flash cache at {real['context']:,} tokens: {real['resident_bytes'] / 1e9:.3f} GB resident,"
         f" {real['growing_bytes_of_sequence'] / 1e9:.3f} GB of entries;"
-        f" CSA attention {real['csa_attention_s']:.2f} s, HCA {real['hca_attention_s']:.2f} s a token"
+        f" a CSA layer {1e3 * real['csa_s']:.1f} ms, HCA {1e3 * real['hca_s']:.1f} ms a token"
     )
     machine = this_machine()
     result = {

@@ -305,7 +305,7 @@ def main() -> None:
         return client(args.client)
     if args.read is not None:
         return read(args.read, args.streams[0])
-    bench = Bench(load_model(bundled_folder()).requires_grad_(False), Tokenizer(bundled_folder()))
+    bench = Bench(load_model(bundled_folder(), keep_stored=True).requires_grad_(False), Tokenizer(bundled_folder()))
     keep_what_is_loaded()
     rows: list[dict[str, Any]] = []
     with bench.http(Settings()) as http, bench.http(Settings(traces=0)) as bare:

@@ -131,8 +131,8 @@ def main() -> None:
     parser.add_argument("--drafts", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "serving.json")
     args = parser.parse_args()
-    model = load_model(bundled_folder()).requires_grad_(False)
-    peer = Peer(model)
+    model = load_model(bundled_folder(), keep_stored=True).requires_grad_(False)
+    peer = Peer(load_model(bundled_folder()))
     ours(model, 1, args.drafts)
     peer.run(1, 4)
     rows = []

@@ -13,6 +13,7 @@
 
 NB_MODULE(_cpu, m) {
   using namespace abyssal;
+  nb::set_leak_warnings(false);  // models live until the process ends
   m.def("isas", [] {
     int count = 0;
     const Isa* list = isas(count);
