@@ -53,8 +53,8 @@ class TokenFile:
         except (ValueError, KeyError, TypeError):
             raise DataError(f"{json_path} is no manifest of a token file: build it again") from None
 
-        with open(bin_path, "rb") as file:
-            head = file.read(HEADER.size)
+        with open(bin_path, "rb") as opened:
+            head = opened.read(HEADER.size)
         if len(head) < HEADER.size or not head.startswith(MAGIC):
             raise DataError(f"{bin_path} does not begin with {MAGIC.decode()}: it is no token file")
         _, kind, count, digest = HEADER.unpack(head)
