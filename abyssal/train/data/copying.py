@@ -9,11 +9,19 @@ from functools import cache
 
 import numpy as np
 
-from abyssal.train.data.example import Example, Passage, assistant, user
+from abyssal.train.data.example import MODES, Example, Passage, ThinkingMode, assistant, user
 from abyssal.train.data.phrases import fill, phrases
 from abyssal.train.data.pools import Split, draw, pick, pick_some, pool
 
 KINDS = ("verbatim", "reverse", "spell", "upper", "code", "sort")
+THOUGHTS = {
+    "verbatim": "I write the text once more and change nothing.",
+    "reverse": "I begin with the last word and go back to the first.",
+    "spell": "I write one letter after the other.",
+    "upper": "I write the same words in capital letters.",
+    "code": "I copy the code, sign by sign.",
+    "sort": "I look at the first letters of the words and put them in order.",
+}
 PASSAGES = ("repeat", "induction", "pairs")
 LISTS = ("things", "adjectives", "places", "roles", "cities")
 ALPHABET = string.ascii_letters + string.digits
@@ -27,20 +35,26 @@ class Copying:
         split: part of the word pools; codes are cut by their digest.
         kinds: of conversations, to choose from.
         longest: words of what is copied, at most.
+        modes: thinking modes to choose from.
     """
 
     split: Split = "train"
     kinds: Sequence[str] = KINDS
     longest: int = 60
+    modes: Sequence[ThinkingMode] = MODES
 
-    def generate(self, rng: np.random.Generator, *, kind: str | None = None) -> Example:
+    def generate(
+        self, rng: np.random.Generator, *, kind: str | None = None, mode: ThinkingMode | None = None
+    ) -> Example:
         """A request to copy, and the copy.
 
         Args:
             rng: the only source of chance.
             kind: one of `KINDS`; otherwise any of the generator's.
+            mode: what is thought: nothing, what is to be done, or that and a first try.
         """
         chosen = kind if kind is not None else pick(rng, self.kinds)
+        chosen_mode = mode if mode is not None else pick(rng, self.modes)
         if chosen == "verbatim":
             text = answer = self._prose(rng)
         elif chosen == "code":
@@ -55,7 +69,11 @@ class Copying:
             changed = {"reverse": words[::-1], "sort": sorted(words), "upper": [w.upper() for w in words]}[chosen]
             answer = separator.join(changed)
         request = pick(rng, _requests(chosen)).replace("{text}", text)
-        return Example([user(request), assistant(answer)], "copying", source=chosen, meta={"targets": [answer]})
+        thought = "" if chosen_mode == "non-think" else THOUGHTS[chosen]
+        if chosen_mode == "think-max":
+            thought += f"\nMy try: {answer}\nI compare it with the text. It is right."
+        messages = [user(request), assistant(answer, thought)]
+        return Example(messages, "copying", chosen_mode, source=chosen, meta={"targets": [answer]})
 
     def passage(self, rng: np.random.Generator, *, kind: str | None = None, words: int | None = None) -> Passage:
         """Running text in which later words follow from earlier ones.

@@ -13,7 +13,7 @@ from typing import Literal
 
 import numpy as np
 
-from abyssal.train.data.example import Example, Message, Passage, assistant, user
+from abyssal.train.data.example import MODES, Example, Message, Passage, ThinkingMode, assistant, user
 from abyssal.train.data.phrases import fill, phrases
 from abyssal.train.data.pools import Split, pick, pick_some, pool
 
@@ -63,9 +63,11 @@ class Retrieval:
         count: tokens of a text, by the tokenizer of the model.
         split: part of the word pools.
         kinds: to choose from.
-        lengths: of the whole in tokens, chosen evenly on a logarithmic scale.
+        lengths: of the whole in tokens but for what is thought, chosen evenly on a logarithmic scale.
         questions: how many, both ends included.
         near: tokens before the end within which half of the asked facts stand.
+        modes: thinking modes to choose from; where there is thinking, one question is asked, since the thinking of
+            earlier turns is dropped.
         filler: sentences of prose to put between the facts, in their order from a random place; without them they
             are made up.
     """
@@ -76,6 +78,7 @@ class Retrieval:
     lengths: tuple[int, int] = (256, 2048)
     questions: tuple[int, int] = (1, 4)
     near: int = 128
+    modes: Sequence[ThinkingMode] = MODES
     filler: Sequence[str] = field(default=(), repr=False)
 
     def generate(
@@ -86,6 +89,7 @@ class Retrieval:
         length: int | None = None,
         depth: float | None = None,
         questions: int | None = None,
+        mode: ThinkingMode | None = None,
     ) -> Example:
         """A conversation: the text with the first question, the answers, the other questions.
 
@@ -95,16 +99,26 @@ class Retrieval:
             length: tokens of the whole, which are reached to within a sentence and not passed.
             depth: where the asked facts stand: 0 at the beginning, 1 at the end.
             questions: how many.
+            mode: what is thought: nothing, the sentence that tells the fact, or that and what it is about.
         Raises:
             ValueError: the length is too short for facts and questions.
         """
         chosen = kind if kind is not None else pick(rng, self.kinds)
+        chosen_mode = mode if mode is not None else pick(rng, self.modes)
+        if questions is None and chosen_mode != "non-think":
+            questions = 1
         hay = self.haystack(rng, kind=chosen, length=length, depth=depth, questions=questions)
         messages: list[Message] = []
         for number, (fact, question) in enumerate(zip(hay.asked, hay.questions, strict=True)):
             messages.append(user(question if number else f"{hay.text}\n\n{question}"))
-            messages.append(assistant(fact.value))
-        return Example(messages, "retrieval", source=chosen, meta=self._meta(hay, depth))
+            thought = {
+                "non-think": "",
+                "think-high": f"The text says: {fact.sentence}",
+                "think-max": f"The question is about the {fact.key}. I look for it. The text says: {fact.sentence}\n"
+                f"Other keys may begin alike, but this is the {fact.key}. The value is {fact.value}.",
+            }[chosen_mode]
+            messages.append(assistant(fact.value, thought))
+        return Example(messages, "retrieval", chosen_mode, source=chosen, meta=self._meta(hay, depth))
 
     def passage(
         self,

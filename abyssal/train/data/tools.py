@@ -17,7 +17,7 @@ from abyssal.train.data.pools import Split, pick, pool
 from abyssal.train.data.values import as_text, make_value, table
 
 INVENTED = 0.2  # of the parameters have a name that nobody knows
-INVENTED_VALUES = ("int:0:999", "float:0:50", "bool", "pool:things", "pool:adjectives", "code", "enum:a,b,c,d,e,f")
+INVENTED_VALUES = ("int:0:999", "float:0:50", "bool", "pool:things", "pool:adjectives", "code", "digits", "enum:")
 GENERIC = 0.25  # of the values are given under the parameter's own name
 QUALIFIED = 0.3  # of the objects are told apart by an adjective
 PARTICLES = ("up", "out", "on", "off", "down")
@@ -178,7 +178,7 @@ def _parameter(rng: np.random.Generator, split: Split) -> tuple[str, Parameter]:
         name = f"{pick(rng, pool('adjectives', split))}_{pick(rng, pool('things', split))}"
         label = name.replace("_", " ")
         value = pick(rng, INVENTED_VALUES)
-        if value.startswith("enum"):
+        if value == "enum:":
             value = "enum:" + ",".join(pick(rng, pool("adjectives", split)) for _ in range(6))
         schema = _schema(rng, value, pick(rng, (f"The {label}.", f"Value of the {label}.", f"Sets the {label}.")))
         if value == "bool":

@@ -89,6 +89,11 @@ def _phone(rng: np.random.Generator, split: Split) -> str:
     return f"+{int(rng.integers(20, 99))} {int(rng.integers(100, 1000))} {int(rng.integers(10000, 100000))}"
 
 
+def _digits(rng: np.random.Generator, split: Split) -> str:
+    """A text of digits, which may begin with 0: no number."""
+    return "".join(pick(rng, string.digits) for _ in range(int(rng.integers(4, 7))))
+
+
 def _title(rng: np.random.Generator, split: Split) -> str:
     words = [pick(rng, pool("adjectives", split)), pick(rng, pool("things", split))]
     words += [pick(rng, pool("roles", split))] if rng.random() < 0.4 else []
@@ -137,6 +142,7 @@ _NAMED = {
     "time": _time,
     "phone": _phone,
     "code": make_code,
+    "digits": _digits,
     "title": _title,
     "message": _message,
     "keyword": _keyword,

@@ -8,6 +8,7 @@ import re
 import pytest
 
 from abyssal.train.data.copying import KINDS, PASSAGES, Copying
+from abyssal.train.data.example import MODES
 from abyssal.train.data.pools import SPLITS, Split, seeded, split_of
 
 MAKER = Copying()
@@ -51,6 +52,14 @@ def test_codes_stay_in_their_part(split: Split) -> None:
     maker = Copying(split)
     codes = [maker.generate(seeded("c", split, i), kind="code").messages[1]["content"] for i in range(50)]
     assert {split_of(code) for code in codes} == {split}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_modes_differ_in_length(kind: str) -> None:
+    made = [MAKER.generate(seeded("c", "train", 0), kind=kind, mode=mode).messages[1] for mode in MODES]
+    lengths = [len(message.get("reasoning_content", "")) for message in made]
+    assert lengths[0] == 0 < lengths[1] < lengths[2]
+    assert len({message["content"] for message in made}) == 1
 
 
 def test_the_same_seed_gives_the_same() -> None:

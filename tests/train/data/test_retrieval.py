@@ -7,6 +7,7 @@ import re
 import numpy as np
 import pytest
 
+from abyssal.train.data.example import MODES
 from abyssal.train.data.pools import pool, seeded
 from abyssal.train.data.retrieval import KINDS, SMALLEST, Kind, Retrieval, sentences_of
 
@@ -94,6 +95,20 @@ def test_filler_of_the_callers_own() -> None:
     rest = example.messages[0]["content"]
     assert rest.count("Another follows it!") >= 3
     assert re.search(r"One sentence stands here\.\s(The .*? |For .*? |Remember .*? |It was .*? )?Another", rest)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_thinking_finds_the_fact(kind: Kind) -> None:
+    for index in range(20):
+        lengths = []
+        for mode in MODES:
+            example = MAKER.generate(seeded("test", "train", index), kind=kind, mode=mode, length=400)
+            thought = example.messages[1].get("reasoning_content", "")
+            lengths.append(len(thought))
+            assert (mode == "non-think") or (
+                len(example.messages) == 2 and example.meta["targets"][0] in thought and thought.count("\n") <= 1
+            )
+        assert lengths[0] == 0 < lengths[1] < lengths[2]
 
 
 def test_too_short() -> None:
