@@ -19,6 +19,7 @@ from abyssal.train.data.values import as_text, make_value, table
 INVENTED = 0.2  # of the parameters have a name that nobody knows
 INVENTED_VALUES = ("int:0:999", "float:0:50", "bool", "pool:things", "pool:adjectives", "code", "digits", "enum:")
 GENERIC = 0.25  # of the values are given under the parameter's own name
+QUOTED = ("title", "message", "keyword")  # several words, whose end only marks can show
 QUALIFIED = 0.3  # of the objects are told apart by an adjective
 PARTICLES = ("up", "out", "on", "off", "down")
 TYPES = {"int": "integer", "float": "number", "bool": "boolean", "list": "array"}
@@ -59,8 +60,10 @@ class Parameter:
         """How a request says it; the value is in it letter by letter."""
         if isinstance(value, bool):
             return pick(rng, self.phrases if value else self.phrases_false)
-        phrase = f"with {self.label} {{value}}" if rng.random() < GENERIC else pick(rng, self.phrases)
-        return phrase.replace("{value}", as_text(value))
+        if rng.random() < GENERIC:
+            text = as_text(value)
+            return f'with {self.label} "{text}"' if self.value in QUOTED else f"with {self.label} {text}"
+        return pick(rng, self.phrases).replace("{value}", as_text(value))
 
 
 @dataclass(frozen=True)
