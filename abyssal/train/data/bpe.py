@@ -15,6 +15,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_token
 from abyssal.base.errors import DataError
 from abyssal.base.files import sha256_of, write_bytes, write_json
 from abyssal.encoding.literals import BOS, EOS, SPECIAL_TOKENS
+from abyssal.train.data.example import Passage
 
 VOCABULARY = 4096
 BATCH = 256  # documents that are tokenised together
@@ -108,3 +109,17 @@ def tokenised(tokenizer: Tokenizer, texts: Iterable[str]) -> Iterator[NDArray[np
     while batch := list(islice(remaining, BATCH)):
         for encoded in tokenizer.encode_batch_fast(batch, add_special_tokens=False):
             yield np.array([bos, *encoded.ids, eos], dtype=np.int64)
+
+
+def tokenised_passage(tokenizer: Tokenizer, passage: Passage) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+    """Ids of a passage between the marks, and which of them belong to its answers.
+
+    A token that begins with the space before an answer belongs to it.
+    """
+    encoded = tokenizer.encode(passage.text, add_special_tokens=False)
+    (ids,) = tokenised(tokenizer, [passage.text])
+    starts, ends = np.array(encoded.offsets, dtype=np.int64).reshape(-1, 2).T
+    inside = np.zeros(len(ids), dtype=np.bool_)
+    for start, end in passage.answers:
+        inside[1:-1] |= (starts < end) & (ends > start)
+    return ids, inside

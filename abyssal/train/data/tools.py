@@ -21,6 +21,9 @@ INVENTED_VALUES = ("int:0:999", "float:0:50", "bool", "pool:things", "pool:adjec
 GENERIC = 0.25  # of the values are given under the parameter's own name
 QUOTED = ("title", "message", "keyword")  # several words, whose end only marks can show
 QUALIFIED = 0.3  # of the objects are told apart by an adjective
+# how clients write schemas, and how often: no descriptions of parameters, no empty list of required ones, no further
+# parameters allowed, strict mode
+FORMS = {"bare": 0.1, "short": 0.5, "closed": 0.25, "strict": 0.1}
 PARTICLES = ("up", "out", "on", "off", "down")
 TYPES = {"int": "integer", "float": "number", "bool": "boolean", "list": "array"}
 
@@ -76,6 +79,7 @@ class Tool:
         object: what it acts on.
         description: one sentence.
         parameters: in the order of the schema.
+        forms: which of `FORMS` its JSON has.
     """
 
     name: str
@@ -83,6 +87,7 @@ class Tool:
     object: str
     description: str
     parameters: tuple[Parameter, ...]
+    forms: frozenset[str] = frozenset()
 
     @property
     def group(self) -> str:
@@ -96,12 +101,18 @@ class Tool:
 
     def to_json(self) -> dict[str, Any]:
         """In OpenAI's form."""
-        schema: dict[str, Any] = {
-            "type": "object",
-            "properties": {p.name: p.schema for p in self.parameters},
-            "required": [p.name for p in self.parameters if p.required],
-        }
-        function = {"name": self.name, "description": self.description, "parameters": schema}
+        properties = {p.name: p.schema for p in self.parameters}
+        if "bare" in self.forms:
+            properties = {name: {k: v for k, v in p.items() if k != "description"} for name, p in properties.items()}
+        schema: dict[str, Any] = {"type": "object", "properties": properties}
+        required = [p.name for p in self.parameters if p.required]
+        if required or "short" not in self.forms:
+            schema["required"] = required
+        if "closed" in self.forms:
+            schema["additionalProperties"] = False
+        function: dict[str, Any] = {"name": self.name, "description": self.description, "parameters": schema}
+        if "strict" in self.forms:
+            function["strict"] = True
         return {"type": "function", "function": function}
 
     def action(self, rng: np.random.Generator, *, it: bool = False) -> str:
@@ -152,10 +163,9 @@ def make_tool(
         if family not in families and parameter.name not in {p.name for p in parameters}:
             families.add(family)
             parameters.append(parameter)
-    order = rng.permutation(len(parameters))
-    return Tool(
-        _name(rng, pick(rng, row["names"]), thing), kind, thing, description, tuple(parameters[i] for i in order)
-    )
+    in_order = tuple(parameters[i] for i in rng.permutation(len(parameters)))
+    forms = frozenset(form for form, share in FORMS.items() if rng.random() < share)
+    return Tool(_name(rng, pick(rng, row["names"]), thing), kind, thing, description, in_order, forms)
 
 
 def parameter_for(rng: np.random.Generator, name: str, value: str, description: str) -> Parameter:

@@ -13,8 +13,10 @@ from abyssal.base.errors import DataError
 from abyssal.encoding.literals import BOS, EOS, SPECIAL_TOKENS
 from abyssal.encoding.tokenizer import Piece
 from abyssal.encoding.tokenizer import Tokenizer as Serving
-from abyssal.train.data.bpe import load_tokenizer, save_tokenizer, tokenised, train_bpe
+from abyssal.train.data.bpe import load_tokenizer, save_tokenizer, tokenised, tokenised_passage, train_bpe
 from abyssal.train.data.corpora import DEFAULT, documents_of
+from abyssal.train.data.example import Passage
+from abyssal.train.data.mixture import Mixture
 from abyssal.train.data.token_file import TokenFile, write_token_file
 
 SIZE = 700
@@ -86,6 +88,29 @@ def test_corpus_to_token_file(folder: Path, texts: list[str], tmp_path: Path) ->
     file = TokenFile(path, digest)
     assert len(file) == len(texts)
     assert Serving(folder).decode(file[5][1:-1].tolist()) == texts[5]
+
+
+@pytest.mark.parametrize("domain", ["retrieval", "copying"])
+def test_answers_of_passages_as_tokens(folder: Path, domain: str) -> None:
+    tokenizer, _ = load_tokenizer(folder)
+    serving = Serving(folder)
+    mixture = Mixture(lambda text: len(serving.encode(text)), {domain: 1}, lengths=(200, 400))
+    for index in range(20):
+        passage = mixture.passage(index)
+        ids, inside = tokenised_passage(tokenizer, passage)
+        assert serving.decode(ids[1:-1].tolist()) == passage.text
+        assert not inside[0] and not inside[-1]
+        got = "".join(serving.decode([token]) for token in ids[inside].tolist())
+        wanted = "".join(passage.text[start:end] for start, end in passage.answers)
+        assert got.replace(" ", "") == wanted.replace(" ", "")
+
+
+def test_offsets_count_characters_not_bytes(folder: Path) -> None:
+    tokenizer, _ = load_tokenizer(folder)
+    ids, inside = tokenised_passage(tokenizer, Passage("é 日本 = 42, ü 17", ((7, 9), (13, 15)), "x"))
+    assert Serving(folder).decode(ids[inside].tolist()) == "4217"
+    ids, inside = tokenised_passage(tokenizer, Passage("", (), "x"))
+    assert ids.tolist() == [0, 1] and not inside.any()
 
 
 def test_too_small_a_vocabulary_and_too_little_text() -> None:

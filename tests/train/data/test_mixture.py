@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 
@@ -65,6 +67,21 @@ def test_an_example_is_made_from_its_number_alone() -> None:
     assert len({example.id for example in ahead}) == 40
     other = [Mixture(count, seed=1).example(index).messages for index in range(40)]
     assert not [1 for a, b in zip(ahead, other, strict=True) if a.messages == b and a.domain != "conversation"]
+
+
+def test_another_process_makes_the_same() -> None:
+    """Whatever its hash seed is: no order of a set may decide anything."""
+    script = (
+        "import hashlib; from abyssal.train.data.mixture import *; m = Mixture(lambda t: len(t.split()));"
+        "print(hashlib.sha256(repr([(m.example(i), m.passage(i)) for i in range(60)]).encode()).hexdigest())"
+    )
+    digests = {
+        subprocess.run(
+            [sys.executable, "-c", script], env={"PYTHONHASHSEED": seed}, check=True, capture_output=True, text=True
+        ).stdout
+        for seed in ("1", "2")
+    }
+    assert len(digests) == 1
 
 
 def test_shares_follow_the_weights() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from typing import Any
 
@@ -12,7 +13,7 @@ from abyssal.train.data.example import MODES, Example
 from abyssal.train.data.phrases import phrases
 from abyssal.train.data.pools import SPLITS, entries, pool, seeded
 from abyssal.train.data.tool_use import KINDS, ToolUse
-from abyssal.train.data.tools import make_tool
+from abyssal.train.data.tools import FORMS, make_tool
 from abyssal.train.data.values import as_text, make_value, table
 
 MAKER = ToolUse()
@@ -129,6 +130,21 @@ def test_tools_differ_in_number_and_form() -> None:
     assert {p.required for tool in made for p in tool.parameters} == {True, False}
 
 
+def test_forms_of_schemas() -> None:
+    rng = seeded("t", "train", 0)
+    tool = next(t for t in (make_tool(rng, "train") for _ in range(100)) if len(t.parameters) > 1)
+    plain, full = (dataclasses.replace(tool, forms=frozenset(forms)).to_json()["function"] for forms in ((), FORMS))
+    assert "strict" not in plain and "additionalProperties" not in plain["parameters"]
+    assert all("description" in p for p in plain["parameters"]["properties"].values())
+    assert full["strict"] is True and full["parameters"]["additionalProperties"] is False
+    assert not any("description" in p for p in full["parameters"]["properties"].values())
+    optional = tuple(dataclasses.replace(p, required=False) for p in tool.parameters)
+    loose = dataclasses.replace(tool, parameters=optional, forms=frozenset())
+    assert loose.to_json()["function"]["parameters"]["required"] == []
+    short = dataclasses.replace(loose, forms=frozenset({"short"}))
+    assert "required" not in short.to_json()["function"]["parameters"]
+
+
 def test_values_of_the_tables() -> None:
     """Every kind that a table names can be drawn, from the right part."""
     kinds = [row["value"] for row in table("parameters")["parameter"]] + list(table("results").values())
@@ -140,10 +156,12 @@ def test_values_of_the_tables() -> None:
                 if kind.startswith("pool:"):
                     assert value in pool(kind[5:], split)
                 json.dumps(value)
-    assert all(row["names"] and row["phrases"] for row in table("parameters")["parameter"])
-    assert all(
-        f"{{{'value'}}}" in p for r in table("parameters")["parameter"] if r["value"] != "bool" for p in r["phrases"]
-    )
+    for row in table("parameters")["parameter"]:
+        assert row["names"] and row["descriptions"]
+        if row["value"] == "bool":
+            assert row["phrases"] and row["phrases_false"]
+        else:
+            assert all("{value}" in phrase for phrase in row["phrases"])
     assert len(entries("tool_objects")) > 150
 
 
