@@ -32,7 +32,9 @@ Kind = Literal["prose", "code"]
 KINDS: tuple[Kind, ...] = ("prose", "code")
 HELD_OUT_PERCENT = 2
 SHORTEST = 200  # characters of a document
-LONGEST = 60_000  # characters; longer files of code are tables, not programs
+LONGEST_CODE = 150_000  # characters; longer files are tables, not programs
+# folders: others' packages, tests, texts that a reader of their own takes, and tables of characters
+SKIPPED = frozenset({"site-packages", "dist-packages", "test", "tests", "_vendor", "pydoc_data", "encodings"})
 LONG_PARAGRAPH = 60  # characters; shorter ones (headings) may repeat
 
 
@@ -218,7 +220,7 @@ def build(
                 if document.held_out is not held_out:
                     continue
                 text = _new_part(document, source.kind, seen)
-                if not SHORTEST <= len(text) <= LONGEST:
+                if len(text) < SHORTEST or (source.kind == "code" and len(text) > LONGEST_CODE):
                     continue
                 if not held_out and contamination.check(text):
                     dropped += 1
@@ -288,16 +290,14 @@ def _new_part(document: Document, kind: Kind, seen: set[str]) -> str:
 
 
 def _files(source: Source, packages: Path | None) -> tuple[Path, list[Path]]:
-    """A source's root folder and its files in order; tests of the standard library and installed packages are none."""
+    """A source's root folder and its files in order."""
     if source.origin == "debian":
         if packages is None:
             raise DataError(f"{source.package} is a Debian package: fetch it, and pass the folder")
         root = packages / source.package
     else:
         root = Path(sysconfig.get_path("stdlib" if source.origin == "python" else "purelib"))
-    skipped = {"site-packages", "dist-packages", "test", "tests", "__pycache__", "pydoc_data", "_vendor"}
-    if source.reader == "topics":
-        skipped = set()
+    skipped = set() if source.reader == "topics" else SKIPPED
     files = (p for p in root.glob(source.pattern) if not skipped & set(p.relative_to(root).parts))
     return root, sorted(p for p in files if p.is_file())
 

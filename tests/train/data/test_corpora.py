@@ -70,6 +70,17 @@ def test_contaminated_documents_are_dropped_and_counted(tmp_path: Path) -> None:
     assert manifest["contamination"]["tools-gen"]["items_hit"] == 0
 
 
+def test_long_prose_is_kept_and_long_code_is_not(tmp_path: Path) -> None:
+    lib = tmp_path / "packages/tales/lib"
+    lib.mkdir(parents=True)
+    book = "\n\n".join(f"The paragraph {letters(i)} tells of {letters(999 - i)}." for i in range(999))
+    for i in range(20):
+        (lib / f"m{i}.py").write_text(f'"""{book * 5} {letters(i)}\n\nNumber {letters(i)} {SHARED} {SHARED}"""\n')
+    manifest = build(tmp_path / "out", [PROSE, CODE], packages=tmp_path / "packages")
+    assert max(len(text) for text in read_corpus(tmp_path / "out", "prose")) > 30_000
+    assert sum(row["documents"] for row in manifest["sources"] if row["kind"] == "code") == 0
+
+
 def test_held_out_follows_from_the_name() -> None:
     same = [Document(source, "p/a.py", 0, text).held_out for source, text in (("p:code", "x"), ("p:docstrings", "y"))]
     assert same[0] == same[1]
