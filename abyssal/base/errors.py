@@ -5,6 +5,7 @@
     │   ├── ConfigError     a config.json or ModelConfig that we refuse
     │   ├── CheckpointError a checkpoint folder, shard or tensor that is wrong
     │   ├── TokenError      token ids or text out of range
+    │   ├── DataError       training data that is missing, damaged or made for something else
     │   └── ContextError    a prompt longer than context or memory can hold
     └── RunError            the work itself failed; the command line exits with 1
         ├── SaveError       writing failed; the destination is unchanged
@@ -32,6 +33,10 @@ class CheckpointError(InputError):
 
 class TokenError(InputError):
     """Token ids or text out of range."""
+
+
+class DataError(InputError):
+    """Training data that is missing, damaged or made for something else."""
 
 
 class ContextError(InputError):

@@ -1,0 +1,1 @@
+"""What the trainer reads: tokenised files, corpora, the tokenizer, and generated examples."""

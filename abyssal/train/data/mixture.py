@@ -1,0 +1,90 @@
+"""All generators together: example number n of a mixture, whatever was asked before.
+
+Any example can be made alone, from its number, so a data cursor is one number and workers need no order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+
+import numpy as np
+
+from abyssal.base.errors import DataError
+from abyssal.train.data.arithmetic import Arithmetic
+from abyssal.train.data.conversation import Chat
+from abyssal.train.data.copying import Copying
+from abyssal.train.data.example import Example, Passage
+from abyssal.train.data.pools import Split, seeded
+from abyssal.train.data.retrieval import Retrieval
+from abyssal.train.data.tool_use import ToolUse
+
+DOMAINS = ("retrieval", "copying", "tool_use", "arithmetic", "conversation")
+PASSAGE_DOMAINS = ("retrieval", "copying")
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """A stream of examples, and one of passages.
+
+    Args:
+        count: tokens of a text, by the model's tokenizer.
+        weights: share of each domain of `DOMAINS`; they need not add up to one.
+        split: training or held out.
+        seed: another seed gives other examples.
+        lengths: of retrieval examples in tokens.
+        filler: sentences of prose for retrieval.
+    Raises:
+        DataError: an unknown domain, a negative weight, or none above zero.
+    """
+
+    count: Callable[[str], int]
+    weights: Mapping[str, float] = field(default_factory=lambda: dict.fromkeys(DOMAINS, 1.0))
+    split: Split = "train"
+    seed: int = 0
+    lengths: tuple[int, int] = (256, 2048)
+    filler: Sequence[str] = field(default=(), repr=False)
+
+    def __post_init__(self) -> None:
+        if unknown := set(self.weights) - set(DOMAINS):
+            raise DataError(f"no generator makes {', '.join(sorted(unknown))}: use {', '.join(DOMAINS)}")
+        if min(self.weights.values(), default=0) < 0 or sum(self.weights.values()) <= 0:
+            raise DataError("the weights of a mixture must not be negative, and one must be above zero")
+
+    def example(self, index: int) -> Example:
+        """Example number `index`; its id says how to make it again."""
+        rng = seeded("mixture", self.split, index, self.seed)
+        domain = self._domain(rng, DOMAINS)
+        return replace(self._makers[domain].generate(rng), id=f"{domain}/{self.split}/{self.seed}/{index}")
+
+    def passage(self, index: int) -> Passage:
+        """Passage number `index`, of retrieval or copying.
+
+        Raises:
+            DataError: the mixture has neither.
+        """
+        rng = seeded("passages", self.split, index, self.seed)
+        maker = self._makers[self._domain(rng, PASSAGE_DOMAINS)]
+        assert isinstance(maker, Retrieval | Copying)  # as PASSAGE_DOMAINS says
+        return maker.passage(rng)
+
+    def examples(self, count: int, start: int = 0) -> Iterator[Example]:
+        """So many examples from number `start` on."""
+        return (self.example(index) for index in range(start, start + count))
+
+    @cached_property
+    def _makers(self) -> dict[str, Retrieval | Copying | ToolUse | Arithmetic | Chat]:
+        return {
+            "retrieval": Retrieval(self.count, self.split, lengths=self.lengths, filler=self.filler),
+            "copying": Copying(self.split),
+            "tool_use": ToolUse(self.split),
+            "arithmetic": Arithmetic(self.split),
+            "conversation": Chat(self.split),
+        }
+
+    def _domain(self, rng: np.random.Generator, among: Sequence[str]) -> str:
+        weights = np.array([self.weights.get(domain, 0.0) for domain in among])
+        if weights.sum() <= 0:
+            raise DataError(f"the mixture has nothing of {', '.join(among)}: give one a weight")
+        return among[int(rng.choice(len(among), p=weights / weights.sum()))]
