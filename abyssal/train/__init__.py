@@ -1,0 +1,1 @@
+"""Training: from documents and messages to a model."""
