@@ -24,6 +24,7 @@ from abyssal.kernels.choice import native
 from abyssal.kernels.linear import row_unit
 from abyssal.kvcache.memory import Memory
 from abyssal.kvcache.sequence import SequenceCache, history
+from abyssal.model.recorder import Recorder
 from abyssal.model.rope import Rope
 from abyssal.quant.precision import wide_dtype
 
@@ -138,6 +139,7 @@ class Batch:
         unit: rows of which products are a multiple.
         positions: [padded], 0 for rows of nobody.
         watched: where the indexers of the CSA layers note what the last token of each span reads, or None.
+        recorder: what a trainer asks and notes, or None.
     """
 
     def __init__(
@@ -169,6 +171,7 @@ class Batch:
             self._positions[span.first : span.first + span.length] = np.arange(span.start, span.start + span.length)
         self.positions = torch.from_numpy(self._positions)
         self.watched: list[list[NDArray[np.int64]]] | None = None
+        self.recorder: Recorder | None = None
         self._blocks: dict[int, BlockPlan] = {}
         self._visible: dict[int, Tensor] = {}
         self._turns: dict[tuple[int, Rope], Tensor] = {}
@@ -191,6 +194,12 @@ class Batch:
             else:
                 found.append([span])
         return [Group(spans[0].first, spans[0].length, tuple(spans)) for spans in found]
+
+    @property
+    def topk(self) -> int:
+        """How many blocks a query of a CSA layer reads at most."""
+        asked = None if self.recorder is None else self.recorder.topk
+        return self.memory.config.index_topk if asked is None else asked
 
     def visible(self, ratio: int) -> NDArray[np.int64]:
         """[count] blocks that each token sees; it sees the one that it completes (architecture.md 2.8)."""

@@ -1,0 +1,146 @@
+"""The losses of pre-training, as functions of what a pass gives (training.md 3)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from abyssal.kernels.linear import linear
+from abyssal.kernels.router import sqrt_softplus
+from abyssal.model.recorder import Attended
+from abyssal.quant.precision import wide
+
+ROWS = 1024  # rows of logits that live at once
+QUERIES = 512  # queries whose attention is computed again at once
+
+
+class _HeadLoss(torch.autograd.Function):
+    """Cross-entropy behind the head; the gradients are made beside it, so no logits are kept or made twice."""
+
+    @staticmethod
+    def forward(ctx: Any, z_TD: Tensor, head_VD: Tensor, targets_T: Tensor, weights_T: Tensor, rows: int) -> Tensor:
+        learning = any(ctx.needs_input_grad[:2])
+        dz_TD = torch.zeros_like(z_TD) if learning else None
+        dhead_VD = torch.zeros_like(head_VD) if learning else None
+        total = z_TD.new_zeros(())
+        for first in range(0, len(z_TD), rows):
+            part = slice(first, first + rows)
+            z, targets, weights = z_TD[part], targets_T[part], weights_T[part]
+            logs_TV = linear(z, head_VD).log_softmax(-1)
+            total -= (logs_TV.gather(1, targets.unsqueeze(1)).squeeze(1) * weights).sum()
+            if dz_TD is not None and dhead_VD is not None:
+                slope_TV = logs_TV.exp_()
+                slope_TV[torch.arange(len(z)), targets] -= 1
+                slope_TV *= weights.unsqueeze(1)
+                torch.mm(slope_TV, head_VD, out=dz_TD[part])
+                dhead_VD.addmm_(slope_TV.T, z)
+        ctx.save_for_backward(dz_TD, dhead_VD)
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        dz_TD, dhead_VD = ctx.saved_tensors
+        return grad * dz_TD, grad * dhead_VD, None, None, None
+
+
+def cross_entropy(z_TD: Tensor, head_VD: Tensor, targets_T: Tensor, weights_T: Tensor, rows: int = ROWS) -> Tensor:
+    """Sum over tokens of weight times -log p(target), in float32 (float64 for float64).
+
+    Args:
+        z_TD: what the head reads.
+        head_VD: its weight.
+        targets_T: token ids; one whose weight is 0 is not looked at.
+        weights_T: 1 / (target tokens of the global batch) for a target, 0 elsewhere: a mean of means never arises.
+        rows: rows of logits that live at once; changes the rounding of the head's gradient alone.
+    """
+    taken = weights_T.nonzero().squeeze(1)
+    z = wide(z_TD)
+    if len(taken) < len(z):
+        z, targets_T, weights_T = z.index_select(0, taken), targets_T[taken], weights_T[taken]
+    return _HeadLoss.apply(z, wide(head_VD), targets_T, weights_T.to(z.dtype), rows)  # type: ignore[no-untyped-call]
+
+
+def balance_loss(logits_TE: Tensor, chosen_TK: Tensor, lengths: Sequence[int]) -> Tensor:
+    """Sum over sequences of sum_e f_e P_e; 1 for a sequence whose experts have equal shares and loads.
+
+    Args:
+        logits_TE: router logits.
+        chosen_TK: the chosen experts, which take no gradient.
+        lengths: tokens of each sequence, one behind the other.
+    """
+    E, K = logits_TE.shape[1], chosen_TK.shape[1]
+    scores_TE = sqrt_softplus(wide(logits_TE))
+    shares_TE = scores_TE / scores_TE.sum(-1, keepdim=True)
+    hits_TE = torch.zeros_like(shares_TE).scatter_(1, chosen_TK, 1.0)
+    of_T = torch.repeat_interleave(torch.tensor(lengths))
+    counts_S1 = torch.tensor(lengths, dtype=shares_TE.dtype).unsqueeze(1)
+    zeros_SE = shares_TE.new_zeros(len(lengths), E)
+    loads_SE = zeros_SE.index_add(0, of_T, hits_TE) * (E / K) / counts_S1
+    means_SE = zeros_SE.index_add(0, of_T, shares_TE) / counts_S1
+    return (loads_SE * means_SE).sum()
+
+
+def attention_shares(seen: Attended, part: slice, group: int) -> Tensor:
+    """How the queries of a layer spread over the blocks of their sequence: summed over heads, [n, B], summing to 1.
+
+    Args:
+        seen: what the layer read.
+        part: rows of neighbouring queries of one sequence.
+        group: its number.
+    """
+    q_QHC = wide(seen.q_THC[part]) * seen.scale
+    near_QWC = wide(seen.near_KC)[seen.index_TW[part]]
+    near_QHW = torch.einsum("qhc,qwc->qhw", q_QHC, near_QWC)
+    near_QHW = near_QHW.masked_fill(~seen.mask_TW[part].unsqueeze(1), float("-inf"))
+    read_Q1B = seen.read_TB[part].unsqueeze(1)
+    far_QHB = torch.einsum("qhc,bc->qhb", q_QHC, wide(seen.blocks_GBC[group])).masked_fill(~read_Q1B, float("-inf"))
+    sink_QH1 = wide(seen.sink_H).expand(len(q_QHC), -1).unsqueeze(-1)
+    shares_QHA = torch.cat([far_QHB, near_QHW, sink_QH1], dim=-1).softmax(-1)
+    shares_QB = shares_QHA[..., : far_QHB.shape[-1]].sum(1)
+    return shares_QB / shares_QB.sum(-1, keepdim=True).clamp(min=torch.finfo(shares_QB.dtype).tiny)
+
+
+def index_scores(seen: Attended, part: slice, group: int) -> Tensor:
+    """The indexer's scores of the blocks, [n, B], with gradients; see `attention_shares`."""
+    dots_QIB = torch.einsum("qij,bj->qib", seen.index_q_TIJ[part], seen.keys_GBJ[group]).relu()
+    return torch.einsum("qi,qib->qb", seen.index_weights_TI[part], dots_QIB)
+
+
+def index_loss(seen: Attended, queries: int = QUERIES) -> Tensor:
+    """Sum over queries of KL(attention of the layer over the blocks it reads || softmax of the index scores).
+
+    Gradients reach the indexer alone. Queries that read no block are skipped; with a sparse selection both sides
+    are restricted to the chosen set.
+
+    Args:
+        seen: what a CSA layer read.
+        queries: of one step, to bound memory; changes no term of the sum.
+    """
+    total = seen.index_q_TIJ.new_zeros(())
+    group = 0
+    for first, length, count in seen.groups:
+        for begin in range(first, first + length * count, length):
+            for start in range(begin, begin + length, queries):
+                part = slice(start, min(start + queries, begin + length))
+                read_QB = seen.read_TB[part]
+                if not bool(read_QB.any()):
+                    continue
+                with torch.no_grad():
+                    target_QB = attention_shares(seen, part, group)
+                # a finite number for what is not read: rows that read nothing keep a gradient of zero, not NaN
+                hidden = torch.finfo(seen.index_q_TIJ.dtype).min / 4
+                logs_QB = F.log_softmax(index_scores(seen, part, group).masked_fill(~read_QB, hidden), dim=-1)
+                total = total + (torch.xlogy(target_QB, target_QB) - target_QB * logs_QB).masked_fill(~read_QB, 0).sum()
+            group += 1
+    return total
+
+
+def reading_queries(lengths: Sequence[int], ratio: int) -> int:
+    """How many tokens of new sequences see a block of so many tokens: over these `index_loss` is a mean."""
+    return sum(max(length - ratio + 1, 0) for length in lengths)
