@@ -151,6 +151,7 @@ class Transformer(nn.Module):
         *,
         watch: bool = False,
         recorder: Recorder | None = None,
+        skips: Sequence[NDArray[np.int64] | None] | None = None,
     ) -> Output:
         """One pass over packed tokens of sequences of any lengths, each at its own position.
 
@@ -163,6 +164,7 @@ class Transformer(nn.Module):
             lengths: tokens of each; needed when there is more than one.
             watch: report which blocks the indexers choose.
             recorder: what a trainer asks and notes.
+            skips: how much further the positions of some sequences are turned; see `Batch`.
         Raises:
             TokenError: an id is outside the vocabulary, or there is no token.
             ValueError: the lengths do not add up.
@@ -179,7 +181,7 @@ class Transformer(nn.Module):
         for block in self.layers:
             assert isinstance(block, Block)
             block.ffn.expect(ids_T)
-        batch = Batch(caches, lengths)
+        batch = Batch(caches, lengths, skips=skips)
         batch.watched = [] if watch else None
         batch.recorder = recorder
         ids_T = batch.pad(ids_T)
