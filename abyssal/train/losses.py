@@ -86,30 +86,32 @@ def balance_loss(logits_TE: Tensor, chosen_TK: Tensor, lengths: Sequence[int]) -
     return (loads_SE * means_SE).sum()
 
 
-def attention_shares(seen: Attended, part: slice, group: int) -> Tensor:
+def attention_shares(seen: Attended, part: slice, sequence: int, blocks: int | None = None) -> Tensor:
     """How the queries of a layer spread over the blocks of their sequence: summed over heads, [n, B], summing to 1.
 
     Args:
         seen: what the layer read.
         part: rows of neighbouring queries of one sequence.
-        group: its number.
+        sequence: its number.
+        blocks: B, at least as many as they read; default all.
     """
     q_QHC = wide(seen.q_THC[part]) * seen.scale
     near_QWC = wide(seen.near_KC)[seen.index_TW[part]]
     near_QHW = torch.einsum("qhc,qwc->qhw", q_QHC, near_QWC)
     near_QHW = near_QHW.masked_fill(~seen.mask_TW[part].unsqueeze(1), float("-inf"))
-    read_Q1B = seen.read_TB[part].unsqueeze(1)
-    far_QHB = torch.einsum("qhc,bc->qhb", q_QHC, wide(seen.blocks_GBC[group])).masked_fill(~read_Q1B, float("-inf"))
+    read_Q1B = seen.read_TB[part, :blocks].unsqueeze(1)
+    far_QHB = torch.einsum("qhc,bc->qhb", q_QHC, wide(seen.blocks_GBC[sequence, :blocks]))
+    far_QHB = far_QHB.masked_fill(~read_Q1B, float("-inf"))
     sink_QH1 = wide(seen.sink_H).expand(len(q_QHC), -1).unsqueeze(-1)
     shares_QHA = torch.cat([far_QHB, near_QHW, sink_QH1], dim=-1).softmax(-1)
     shares_QB = shares_QHA[..., : far_QHB.shape[-1]].sum(1)
     return shares_QB / shares_QB.sum(-1, keepdim=True).clamp(min=torch.finfo(shares_QB.dtype).tiny)
 
 
-def index_scores(seen: Attended, part: slice, group: int) -> Tensor:
-    """The indexer's scores of the blocks, [n, B], with gradients; see `attention_shares`."""
-    dots_QIB = torch.einsum("qij,bj->qib", seen.index_q_TIJ[part], seen.keys_GBJ[group]).relu()
-    return torch.einsum("qi,qib->qb", seen.index_weights_TI[part], dots_QIB)
+def index_scores(q_QIJ: Tensor, weights_QI: Tensor, keys_BJ: Tensor) -> Tensor:
+    """The indexer's scores of blocks, [Q, B], with gradients: sum over heads of weight times relu(q . k)."""
+    dots_QIB = torch.einsum("qij,bj->qib", q_QIJ, keys_BJ).relu()
+    return torch.einsum("qi,qib->qb", weights_QI, dots_QIB)
 
 
 def index_loss(seen: Attended, queries: int = QUERIES) -> Tensor:
@@ -122,22 +124,27 @@ def index_loss(seen: Attended, queries: int = QUERIES) -> Tensor:
         seen: what a CSA layer read.
         queries: of one step, to bound memory; changes no term of the sum.
     """
-    total = seen.index_q_TIJ.new_zeros(())
-    group = 0
-    for first, length, count in seen.groups:
-        for begin in range(first, first + length * count, length):
-            for start in range(begin, begin + length, queries):
-                part = slice(start, min(start + queries, begin + length))
-                read_QB = seen.read_TB[part]
-                if not bool(read_QB.any()):
-                    continue
-                with torch.no_grad():
-                    target_QB = attention_shares(seen, part, group)
-                # a finite number for what is not read: rows that read nothing keep a gradient of zero, not NaN
-                hidden = torch.finfo(seen.index_q_TIJ.dtype).min / 4
-                logs_QB = F.log_softmax(index_scores(seen, part, group).masked_fill(~read_QB, hidden), dim=-1)
-                total = total + (torch.xlogy(target_QB, target_QB) - target_QB * logs_QB).masked_fill(~read_QB, 0).sum()
-            group += 1
+    lengths = [length for _, length, count in seen.groups for _ in range(count)]
+    sizes = [min(queries, length - start) for length in lengths for start in range(0, length, queries)]
+    sequences = [number for number, length in enumerate(lengths) for _ in range(0, length, queries)]
+    # cut once: the way back of each slice alone would fill a whole tensor with zeros
+    q, weights, keys = seen.index_q_TIJ.split(sizes), seen.index_weights_TI.split(sizes), seen.keys_GBJ.unbind()
+    total, first = seen.index_q_TIJ.new_zeros(()), 0
+    for number, (size, sequence) in enumerate(zip(sizes, sequences, strict=True)):
+        part = slice(first, first + size)
+        first += size
+        read_B = seen.read_TB[part].any(0).nonzero()
+        if not len(read_B):
+            continue
+        blocks = int(read_B[-1]) + 1
+        read_QB = seen.read_TB[part, :blocks]
+        with torch.no_grad():
+            target_QB = attention_shares(seen, part, sequence, blocks)
+        scores_QB = index_scores(q[number], weights[number], keys[sequence][:blocks])
+        # a finite number for what is not read: rows that read nothing keep a gradient of zero, not NaN
+        hidden = torch.finfo(scores_QB.dtype).min / 4
+        logs_QB = F.log_softmax(scores_QB.masked_fill(~read_QB, hidden), dim=-1)
+        total = total + (torch.xlogy(target_QB, target_QB) - target_QB * logs_QB).masked_fill(~read_QB, 0).sum()
     return total
 
 

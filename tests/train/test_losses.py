@@ -130,6 +130,10 @@ class Keep(Recorder):
         self.seen.append(seen)
 
 
+def scores_of(seen: Attended, part: slice, sequence: int) -> torch.Tensor:
+    return index_scores(seen.index_q_TIJ[part], seen.index_weights_TI[part], seen.keys_GBJ[sequence])
+
+
 def seen_by(model: Transformer, lengths: list[int], topk: int | None = None) -> list[Attended]:
     memory = model.new_memory()
     ids = torch.tensor(random_ids(model.config, sum(lengths), 3))
@@ -176,7 +180,7 @@ def test_a_sparse_selection_takes_the_best_scores(kernels: str) -> None:
     for seen in seen_of_layers:
         first = 0
         for group, length in enumerate([41, 26]):
-            scores = index_scores(seen, slice(first, first + length), group)
+            scores = scores_of(seen, slice(first, first + length), group)
             for t in range(8, length):
                 visible = (t + 1) // 4
                 read = seen.read_TB[first + t]
@@ -226,7 +230,7 @@ def test_index_loss_is_the_divergence_by_hand_and_steps_do_not_matter() -> None:
             visible = (t + 1) // 4
             row = slice(first + t, first + t + 1)
             p = attention_shares(seen, row, group)[0, :visible].numpy()
-            scores = index_scores(seen, row, group)[0, :visible].numpy()
+            scores = scores_of(seen, row, group)[0, :visible].numpy()
             q = np.exp(scores - scores.max()) / np.exp(scores - scores.max()).sum()
             total += float((p * np.log(p / q)).sum())
             queries += 1
