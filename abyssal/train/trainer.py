@@ -29,6 +29,8 @@ from abyssal.train.spikes import SpikeWatch, Verdict
 from abyssal.train.watch import Watch
 
 CSA = 4  # tokens of a block whose indexer learns
+ANTICIPATION = 500  # steps of anticipatory routing after a spike
+Choices = dict[str, Tensor]  # of each router that chooses by score, [T, K]
 
 
 @dataclass(frozen=True)
@@ -106,6 +108,8 @@ class Trainer:
     Attributes:
         step_number: steps that are done.
         tokens: tokens that the model has read.
+        anticipating: steps of anticipatory routing that are left: experts are those that the parameters before the
+            last update chose, weights those of the current ones, so that router and experts do not drive each other.
     """
 
     def __init__(self, model: Transformer, data: Mixture, rules: Rules):
@@ -115,34 +119,43 @@ class Trainer:
         self.spikes = SpikeWatch()
         self.step_number = 0
         self.tokens = 0
+        self.anticipating = 0
+        self._ahead: list[tuple[Pack, Choices]] = []  # of the next step, while anticipating
+        self._place = data.state_dict()  # in the data, before what was fetched ahead
         self._gates = {name: module for name, module in model.named_modules() if isinstance(module, Gate)}
         self._indexers = [p for name, p in model.named_parameters() if ".indexer." in name and p.requires_grad]
         own = set(map(id, self._indexers))
         self._others = [p for p in self.optimiser.params if id(p) not in own]
         self._csa_layers = sum(ratio == CSA for ratio in model.config.backbone_ratios)
 
-    def _packs(self) -> list[Pack]:
+    def _packs(self, step: int) -> list[Pack]:
         r, packs = self.rules, []
         for number in range(r.passes):
             packed = self.data.take(r.tokens)
             if r.skip_share:
-                packed = with_skips(packed, r.skip_limit, r.skip_share, (r.seed, self.step_number, number))
+                packed = with_skips(packed, r.skip_limit, r.skip_share, (r.seed, step, number))
             packs.append(packed)
         return packs
 
     def step(self) -> dict[str, Any]:
         """Learn from the next sequences.
 
-        A step whose loss or gradient is not finite changes nothing but the place in the data. Whoever runs the
-        trainer goes back to a checkpoint where `verdict` is "roll back"; that step has not been applied either.
+        A step whose loss or gradient is not finite changes nothing but the place in the data. Where `verdict` is
+        "roll back", whoever runs the trainer calls `go_back`; that step has not been applied either.
 
         Returns:
             the line of metrics.
         """
         r, step, clock = self.rules, self.step_number, _Clock()
         with clock("data"):
-            packs = self._packs()
-        losses, loads = self._learn(packs, clock)
+            work = self._ahead or [(packed, {}) for packed in self._packs(step)]
+            self._ahead, self._place = [], self.data.state_dict()
+        losses, loads = self._learn(work, clock)
+        if self.anticipating:
+            self.anticipating -= 1
+        if self.anticipating:
+            with clock("ahead"):
+                self._ahead = [(packed, self._choices(packed)) for packed in self._packs(step + 1)]
         with clock("update"):
             norm = float(nn.utils.clip_grad_norm_(self._others, r.clip))
             index_norm = float(nn.utils.clip_grad_norm_(self._indexers, r.clip)) if self._indexers else 0.0
@@ -155,7 +168,7 @@ class Trainer:
                     move_bias(self._gates[name], load_E, r.schedule.bias_step(step))
             self.model.zero_grad()
             squares = [p.detach().square().sum() for p in self.optimiser.params]
-        tokens = sum(packed.tokens for packed in packs)
+        tokens = sum(packed.tokens for packed, _ in work)
         self.step_number += 1
         self.tokens += tokens
         return {
@@ -174,9 +187,26 @@ class Trainer:
             "memory": resident_bytes(),
         }
 
-    def _learn(self, packs: Sequence[Pack], clock: _Clock) -> tuple[dict[str, float], dict[str, Tensor]]:
+    @torch.no_grad()
+    def _choices(self, packed: Pack) -> Choices:
+        """What the routers choose with the parameters as they are."""
+        watch = Watch(packed.lengths, topk=self._topk(packed))
+        with quantised(self.model, self.rules.schedule.formats(self.step_number)):
+            out, batch = packed.run(self.model, watch)
+            if self.model.mtp:
+                self.model.draft(out.streams_TND, packed.targets_T, batch)
+        return {name: watch.chosen[gate] for name, gate in self._gates.items() if gate.bias is not None}
+
+    def _topk(self, packed: Pack) -> int | None:
+        """How many blocks queries read; while selection is dense, a number that none exceeds."""
+        return max(packed.lengths) // CSA if self.rules.schedule.dense(self.step_number) else self.rules.topk
+
+    def _learn(
+        self, work: Sequence[tuple[Pack, Choices]], clock: _Clock
+    ) -> tuple[dict[str, float], dict[str, Tensor]]:
         """Gradients of all passes; the losses' means over the step, and the load of every expert."""
         r, step = self.rules, self.step_number
+        packs = [packed for packed, _ in work]
         targets = max(sum(int(packed.learned_T.sum()) for packed in packs), 1)
         later = max(sum(int(packed.later_learned_T.sum()) for packed in packs), 1)
         queries = max(self._csa_layers * sum(reading_queries(packed.lengths, CSA) for packed in packs), 1)
@@ -187,10 +217,10 @@ class Trainer:
         loads: dict[str, Tensor] = {}
         names = {gate: name for name, gate in self._gates.items()}
         with quantised(self.model, r.schedule.formats(step)):
-            for packed, lengths in zip(packs, balanced, strict=True):
-                # so many blocks no query sees: it reads all
-                topk = max(packed.lengths) // CSA if r.schedule.dense(step) else r.topk
-                watch = Watch(lengths, topk=topk, attention=bool(self._csa_layers))
+            for (packed, choices), lengths in zip(work, balanced, strict=True):
+                given: dict[nn.Module, Tensor] = {self._gates[name]: chosen for name, chosen in choices.items()}
+                topk = self._topk(packed)
+                watch = Watch(lengths, topk=topk, attention=bool(self._csa_layers), choices=given)
                 with clock("forward"):
                     out, batch = packed.run(self.model, watch)
                     head = self.model.head.weight
@@ -219,11 +249,17 @@ class Trainer:
             "tokens": self.tokens,
             "rules": asdict(self.rules),
             "config": self.model.config.to_dict(),
-            "data": self.data.state_dict(),
+            "data": self._place,
+            "anticipating": self.anticipating,
             "spikes": self.spikes.state_dict(),
             "torch_rng": torch.get_rng_state().numpy().tobytes().hex(),
         }
-        return Saved(self.model.state_dict(), self.optimiser.state_dict(), state)
+        ahead = {
+            f"ahead.{number}.{name}": chosen_TK
+            for number, (_, choices) in enumerate(self._ahead)
+            for name, chosen_TK in choices.items()
+        }
+        return Saved(self.model.state_dict(), self.optimiser.state_dict() | ahead, state)
 
     def resume(self, saved: Saved) -> None:
         """Go on where `saved` was taken.
@@ -243,9 +279,25 @@ class Trainer:
         self.optimiser.load_state_dict(saved.optim)
         self.step_number, self.tokens = saved.state["step"], saved.state["tokens"]
         self.data.load_state_dict(saved.state["data"])
+        self._place, self._ahead = self.data.state_dict(), []
+        self.anticipating = saved.state["anticipating"]
+        if any(name.startswith("ahead.") for name in saved.optim):
+            for number, packed in enumerate(self._packs(self.step_number)):
+                head = f"ahead.{number}."
+                choices = {name.removeprefix(head): t for name, t in saved.optim.items() if name.startswith(head)}
+                self._ahead.append((packed, choices))
         self.spikes.load_state_dict(saved.state["spikes"])
         raw = bytearray.fromhex(saved.state["torch_rng"])
         torch.set_rng_state(torch.frombuffer(raw, dtype=torch.uint8))
+
+    def go_back(self, saved: Saved, steps: int = ANTICIPATION) -> None:
+        """Begin again where `saved` was taken, with anticipatory routing for some steps, after a spike.
+
+        Raises:
+            ConfigError: as for `resume`.
+        """
+        self.resume(saved)
+        self.anticipating = steps
 
 
 def _differences(mine: Any, theirs: Any, path: str = "") -> list[str]:
@@ -256,5 +308,5 @@ def _differences(mine: Any, theirs: Any, path: str = "") -> list[str]:
             for key in sorted(mine.keys() | theirs.keys())
             for name in _differences(mine.get(key), theirs.get(key), f"{path}.{key}".lstrip("."))
         ]
-    plain = list(mine) if isinstance(mine, tuple) else mine
-    return [] if plain == theirs else [path]
+    mine, theirs = (list(value) if isinstance(value, tuple) else value for value in (mine, theirs))
+    return [] if mine == theirs else [path]

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import asdict, replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
 from abyssal.base.errors import ConfigError
+from abyssal.train import checkpoint
 from abyssal.train.packing import Pack, Sample, pack
 from abyssal.train.trainer import Trainer, _Clock, joined
 from tests.model.test_against_plain import official
@@ -28,7 +30,7 @@ def test_the_loss_of_a_step_is_numpys() -> None:
     tiny = trainer(replace(RULES, skip_share=0.0))
     config, weights = asdict(tiny.model.config), official(tiny.model)
     config["index_topk"] = 1000  # the first steps read all blocks
-    packs = trainer(replace(RULES, skip_share=0.0))._packs()
+    packs = trainer(replace(RULES, skip_share=0.0))._packs(0)
     main: list[float] = []
     draft: list[float] = []
     for packed in packs:
@@ -49,7 +51,7 @@ def test_the_loss_of_a_step_is_numpys() -> None:
 
 def gradients(packs: list[Pack]) -> tuple[dict[str, float], dict[str, torch.Tensor]]:
     tiny = trainer(replace(RULES, length=1))
-    losses, _ = tiny._learn(packs, _Clock())
+    losses, _ = tiny._learn([(packed, {}) for packed in packs], _Clock())
     return losses, {n: p.grad for n, p in tiny.model.named_parameters() if p.grad is not None}
 
 
@@ -69,12 +71,12 @@ def test_passes_of_a_step_add_up_to_one_mean() -> None:
 
 def test_every_parameter_learns_and_only_indexers_from_their_loss() -> None:
     tiny = trainer()
-    packs = tiny._packs()
-    tiny._learn(packs, _Clock())
+    packs = tiny._packs(0)
+    tiny._learn([(packed, {}) for packed in packs], _Clock())
     for name, p in tiny.model.named_parameters():
         assert (p.grad is not None and bool(p.grad.any())) == p.requires_grad, name
     without = trainer(replace(RULES, index=0.0))
-    without._learn(packs, _Clock())
+    without._learn([(packed, {}) for packed in packs], _Clock())
     for name, p in without.model.named_parameters():
         if ".indexer." in name:
             assert p.grad is None or not p.grad.any()
@@ -122,6 +124,46 @@ def test_a_spike_is_not_applied() -> None:
     before = tiny.model.embed.weight.detach().clone()
     assert tiny.step()["verdict"] == "roll back"
     assert torch.equal(tiny.model.embed.weight, before)
+
+
+def test_after_a_spike_experts_are_those_of_the_parameters_before() -> None:
+    """Chosen by the weights before the last update on the very batch; without a way back into another order."""
+    tiny, other = trainer(), trainer()
+    for _ in range(3):
+        tiny.step()
+        other.step()
+    tiny.go_back(tiny.saved(), steps=3)
+    first, same = tiny.step(), other.step()
+    assert first["loss"] == same["loss"] and first["grad_norm"] == same["grad_norm"]
+    assert "ahead" in first["seconds"] and len(tiny._ahead) == RULES.passes
+    # the other trainer has made the same update: its choices on the same batch are the later ones
+    later = [other._choices(packed) for packed, _ in tiny._ahead]
+    early = trainer()
+    for _ in range(3):
+        early.step()
+    moved = 0
+    for number, (packed, choices) in enumerate(tiny._ahead):
+        before = early._choices(packed)
+        assert set(choices) == set(before) == {n for n, gate in tiny._gates.items() if gate.bias is not None}
+        assert all(torch.equal(choices[name], before[name]) for name in choices)
+        moved += sum(int((choices[name] != later[number][name]).sum()) for name in choices)
+    assert moved > 0
+    losses = [(tiny.step()["loss"], other.step()["loss"]) for _ in range(2)]
+    assert losses[0][0] != losses[0][1] and tiny.anticipating == 0 and tiny._ahead == []
+    assert "ahead" not in tiny.step()["seconds"]
+
+
+def test_anticipation_resumes_to_the_bit(tmp_path: Path) -> None:
+    tiny = trainer()
+    tiny.go_back(tiny.saved(), steps=5)
+    for _ in range(2):
+        tiny.step()
+    checkpoint.save(tmp_path, 2, tiny.saved())
+    expected = [tiny.step()["loss"] for _ in range(5)]
+    resumed = trainer()
+    resumed.resume(checkpoint.load(tmp_path / "step_00000002"))
+    assert [resumed.step()["loss"] for _ in range(5)] == expected
+    assert resumed.data.state_dict() == tiny.data.state_dict()
 
 
 def test_a_run_does_not_go_on_under_other_rules() -> None:
