@@ -73,6 +73,11 @@ def _write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
         raise SaveError(f"cannot write {path.name}: {error}; the checkpoints before are unchanged") from error
 
 
+def name_of(step: int) -> str:
+    """Of the folder of a checkpoint."""
+    return f"step_{step:08d}"
+
+
 def save(run: Path, step: int, saved: Saved, kept: int = KEPT) -> Path:
     """Write a checkpoint, name it as the latest, and remove all but the last ones.
 
@@ -88,7 +93,7 @@ def save(run: Path, step: int, saved: Saved, kept: int = KEPT) -> Path:
     Raises:
         SaveError: the file system refused; the checkpoints before are unchanged.
     """
-    folder = run / f"step_{step:08d}"
+    folder = run / name_of(step)
     with write_folder(folder) as aside:
         _write_tensors(aside / MODEL, saved.model)
         _write_tensors(aside / OPTIM, saved.optim)

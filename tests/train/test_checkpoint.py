@@ -1,16 +1,8 @@
-"""Checkpoints: what is written is read, damage is named, and a killed run ends with the same bits."""
+"""Checkpoints: what is written is read, and damage is named."""
 
 from __future__ import annotations
 
-import json
-import os
-import random
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -18,10 +10,8 @@ import torch
 from abyssal.base.errors import CheckpointError, SaveError
 from abyssal.train import checkpoint
 from abyssal.train.checkpoint import Saved
-from tests.faults import ROOT, largest_file
-from tests.train.tiny import STEPS, trainer
-
-KILLS = int(os.environ.get("ABYSSAL_KILLS", "3"))  # each costs the start of a process
+from tests.faults import largest_file
+from tests.train.tiny import trainer
 
 
 def little(value: float = 1.0) -> Saved:
@@ -83,53 +73,6 @@ def test_latest_must_name_a_checkpoint(tmp_path: Path) -> None:
         (tmp_path / "latest").write_text(text)
         with pytest.raises(CheckpointError, match="no checkpoint"):
             checkpoint.latest(tmp_path)
-
-
-def lines(run: Path) -> list[dict[str, Any]]:
-    text = (run / "metrics.jsonl").read_text()
-    return [json.loads(line) for line in text[: text.rindex("\n")].split("\n")]
-
-
-def program(run: Path, steps: int = STEPS) -> subprocess.Popen[bytes]:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-m", "tests.train.tiny", str(run), str(steps)]
-    return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE)
-
-
-def same_bits(a: Path, b: Path) -> bool:
-    names = checkpoint.MODEL, checkpoint.OPTIM
-    return all((a / name).read_bytes() == (b / name).read_bytes() for name in names)
-
-
-def test_a_killed_run_ends_with_the_bits_of_one_that_was_not(tmp_path: Path) -> None:
-    """SIGKILL at random steps, also while a checkpoint is being written; steps that run twice repeat themselves."""
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
-    whole.mkdir()
-    killed.mkdir()
-    with program(whole) as process:
-        process.communicate()
-        assert process.returncode == 0
-    rng = random.Random(0)
-    for _ in range(KILLS):
-        with program(killed) as process:
-            assert process.stdout is not None
-            for _ in range(rng.randint(1, 2 + STEPS // KILLS)):
-                if not process.stdout.readline():
-                    break
-            time.sleep(rng.uniform(0.0, 0.06))  # a step and a save take about so long
-            process.send_signal(signal.SIGKILL)
-    with program(killed) as process:
-        process.communicate()
-        assert process.returncode == 0
-    last = checkpoint.latest(whole)
-    assert last is not None and checkpoint.latest(killed) == killed / last.name
-    assert same_bits(last, killed / last.name)
-    assert sorted(p.name for p in killed.iterdir()) == sorted(p.name for p in whole.iterdir())
-    expected = {line["step"]: line for line in lines(whole)}
-    assert len(lines(killed)) > STEPS  # some steps ran again
-    for line in lines(killed):
-        for name in ("loss", "mtp_loss", "balance_loss", "index_loss", "grad_norm", "param_norm", "tokens"):
-            assert line[name] == expected[line["step"]][name], (line["step"], name)
 
 
 def test_resuming_in_one_process_gives_the_same_bits(tmp_path: Path) -> None:

@@ -1,11 +1,10 @@
 """A run of a few seconds that uses every part of the trainer; as a program it is there to be killed.
 
-    python -m tests.train.tiny RUN STEPS      goes on from RUN's last checkpoint; a line of RUN/metrics.jsonl a step
+    python -m tests.train.tiny RUN      goes on from RUN's last checkpoint, and prints the number of each step
 """
 
 from __future__ import annotations
 
-import json
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -16,8 +15,8 @@ import torch
 from abyssal.arch.presets import preset
 from abyssal.model import Transformer
 from abyssal.model.init import initialise
-from abyssal.train import checkpoint
 from abyssal.train.order import Mixture, Source
+from abyssal.train.run import run
 from abyssal.train.schedule import Schedule
 from abyssal.train.trainer import Rules, Trainer
 
@@ -57,19 +56,6 @@ def trainer(rules: Rules = RULES) -> Trainer:
     return Trainer(initialise(Transformer(config), 0), data, rules)
 
 
-def main(run: Path, steps: int) -> None:
-    tiny = trainer()
-    if (folder := checkpoint.latest(run)) is not None:
-        tiny.resume(checkpoint.load(folder))
-    while tiny.step_number < steps:
-        line = tiny.step()
-        with (run / "metrics.jsonl").open("a") as log:
-            log.write(json.dumps(line) + "\n")
-        print(line["step"], flush=True)
-        if tiny.step_number % SAVE_EVERY == 0 or tiny.step_number == steps:
-            checkpoint.save(run, tiny.step_number, tiny.saved())
-
-
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    main(Path(sys.argv[1]), int(sys.argv[2]))
+    run(trainer(), Path(sys.argv[1]), every=SAVE_EVERY, show=lambda line: print(line["step"], flush=True))
