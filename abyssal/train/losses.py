@@ -17,6 +17,7 @@ from abyssal.quant.precision import wide
 
 ROWS = 1024  # rows of logits that live at once
 QUERIES = 512  # queries whose attention is computed again at once
+SPARSE = 4  # gathered products run several times slower than shared ones
 
 
 class _HeadLoss(torch.autograd.Function):
@@ -86,35 +87,37 @@ def balance_loss(logits_TE: Tensor, chosen_TK: Tensor, lengths: Sequence[int]) -
     return (loads_SE * means_SE).sum()
 
 
-def attention_shares(seen: Attended, part: slice, sequence: int, blocks: int | None = None) -> Tensor:
-    """How the queries of a layer spread over the blocks of their sequence: summed over heads, [n, B], summing to 1.
+def attention_shares(seen: Attended, part: slice, entries: Tensor, read_QB: Tensor) -> Tensor:
+    """How the queries of a layer spread over blocks: summed over heads, [Q, B], summing to 1.
 
     Args:
         seen: what the layer read.
         part: rows of neighbouring queries of one sequence.
-        sequence: its number.
-        blocks: B, at least as many as they read; default all.
+        entries: blocks that all of them may read [B, C], or some for each [Q, B, C]; all that they read among them.
+        read_QB: which of these they read.
     """
     q_QHC = wide(seen.q_THC[part]) * seen.scale
     near_QWC = wide(seen.near_KC)[seen.index_TW[part]]
     near_QHW = torch.einsum("qhc,qwc->qhw", q_QHC, near_QWC)
     near_QHW = near_QHW.masked_fill(~seen.mask_TW[part].unsqueeze(1), float("-inf"))
-    read_Q1B = seen.read_TB[part, :blocks].unsqueeze(1)
-    far_QHB = torch.einsum("qhc,bc->qhb", q_QHC, wide(seen.blocks_GBC[sequence, :blocks]))
-    far_QHB = far_QHB.masked_fill(~read_Q1B, float("-inf"))
+    far_QHB = torch.matmul(q_QHC, wide(entries).mT).masked_fill(~read_QB.unsqueeze(1), float("-inf"))
     sink_QH1 = wide(seen.sink_H).expand(len(q_QHC), -1).unsqueeze(-1)
     shares_QHA = torch.cat([far_QHB, near_QHW, sink_QH1], dim=-1).softmax(-1)
     shares_QB = shares_QHA[..., : far_QHB.shape[-1]].sum(1)
     return shares_QB / shares_QB.sum(-1, keepdim=True).clamp(min=torch.finfo(shares_QB.dtype).tiny)
 
 
-def index_scores(q_QIJ: Tensor, weights_QI: Tensor, keys_BJ: Tensor) -> Tensor:
-    """The indexer's scores of blocks, [Q, B], with gradients: sum over heads of weight times relu(q . k)."""
-    dots_QIB = torch.einsum("qij,bj->qib", q_QIJ, keys_BJ).relu()
-    return torch.einsum("qi,qib->qb", weights_QI, dots_QIB)
+def index_scores(q_QIJ: Tensor, weights_QI: Tensor, keys: Tensor) -> Tensor:
+    """The indexer's scores of blocks, [Q, B], with gradients: sum over heads of weight times relu(q . k).
+
+    Args:
+        q_QIJ, weights_QI: index queries and head weights.
+        keys: of blocks for all of them [B, J], or of some for each [Q, B, J].
+    """
+    return torch.einsum("qi,qib->qb", weights_QI, torch.matmul(q_QIJ, keys.mT).relu())
 
 
-def index_loss(seen: Attended, queries: int = QUERIES) -> Tensor:
+def index_loss(seen: Attended, queries: int = QUERIES, sparse: int = SPARSE) -> Tensor:
     """Sum over queries of KL(attention of the layer over the blocks it reads || softmax of the index scores).
 
     Gradients reach the indexer alone. Queries that read no block are skipped; with a sparse selection both sides
@@ -123,12 +126,14 @@ def index_loss(seen: Attended, queries: int = QUERIES) -> Tensor:
     Args:
         seen: what a CSA layer read.
         queries: of one step, to bound memory; changes no term of the sum.
+        sparse: where a query sees more than so many times what it reads, the blocks are gathered for each; nor
+            does this change a term.
     """
     lengths = [length for _, length, count in seen.groups for _ in range(count)]
     sizes = [min(queries, length - start) for length in lengths for start in range(0, length, queries)]
     sequences = [number for number, length in enumerate(lengths) for _ in range(0, length, queries)]
     # cut once: the way back of each slice alone would fill a whole tensor with zeros
-    q, weights, keys = seen.index_q_TIJ.split(sizes), seen.index_weights_TI.split(sizes), seen.keys_GBJ.unbind()
+    q, weights, keys_of = seen.index_q_TIJ.split(sizes), seen.index_weights_TI.split(sizes), seen.keys_GBJ.unbind()
     total, first = seen.index_q_TIJ.new_zeros(()), 0
     for number, (size, sequence) in enumerate(zip(sizes, sequences, strict=True)):
         part = slice(first, first + size)
@@ -138,9 +143,16 @@ def index_loss(seen: Attended, queries: int = QUERIES) -> Tensor:
             continue
         blocks = int(read_B[-1]) + 1
         read_QB = seen.read_TB[part, :blocks]
+        entries, keys = seen.blocks_GBC[sequence, :blocks], keys_of[sequence][:blocks]
+        most = int(read_QB.sum(1).max())
+        if sparse * most < blocks:
+            some_QB = read_QB.float().topk(most).indices.sort().values
+            entries = entries[some_QB]
+            keys = keys.index_select(0, some_QB.flatten()).unflatten(0, some_QB.shape)
+            read_QB = read_QB.gather(1, some_QB)
         with torch.no_grad():
-            target_QB = attention_shares(seen, part, sequence, blocks)
-        scores_QB = index_scores(q[number], weights[number], keys[sequence][:blocks])
+            target_QB = attention_shares(seen, part, entries, read_QB)
+        scores_QB = index_scores(q[number], weights[number], keys)
         # a finite number for what is not read: rows that read nothing keep a gradient of zero, not NaN
         hidden = torch.finfo(scores_QB.dtype).min / 4
         logs_QB = F.log_softmax(scores_QB.masked_fill(~read_QB, hidden), dim=-1)

@@ -134,6 +134,10 @@ def scores_of(seen: Attended, part: slice, sequence: int) -> torch.Tensor:
     return index_scores(seen.index_q_TIJ[part], seen.index_weights_TI[part], seen.keys_GBJ[sequence])
 
 
+def shares_of(seen: Attended, part: slice, sequence: int) -> torch.Tensor:
+    return attention_shares(seen, part, seen.blocks_GBC[sequence], seen.read_TB[part])
+
+
 def seen_by(model: Transformer, lengths: list[int], topk: int | None = None) -> list[Attended]:
     memory = model.new_memory()
     ids = torch.tensor(random_ids(model.config, sum(lengths), 3))
@@ -162,7 +166,7 @@ def test_shares_are_those_that_attention_uses(kernels: str, topk: int | None) ->
             keys = torch.cat([seen.blocks_GBC[group][blocks], near]).double()
             logits = torch.cat([seen.q_THC[row].double() @ keys.T * seen.scale, seen.sink_H.double()[:, None]], 1)
             by_hand = logits.softmax(1)[:, : len(blocks)].sum(0)
-            shares = attention_shares(seen, slice(row, row + 1), group)[0].double()
+            shares = shares_of(seen, slice(row, row + 1), group)[0].double()
             if len(blocks):
                 torch.testing.assert_close(shares[blocks], by_hand / by_hand.sum(), rtol=1e-4, atol=1e-6)
             assert float(shares.sum()) == pytest.approx(float(len(blocks) > 0), abs=1e-5)
@@ -229,7 +233,7 @@ def test_index_loss_is_the_divergence_by_hand_and_steps_do_not_matter() -> None:
         for t in range(3, length):
             visible = (t + 1) // 4
             row = slice(first + t, first + t + 1)
-            p = attention_shares(seen, row, group)[0, :visible].numpy()
+            p = shares_of(seen, row, group)[0, :visible].numpy()
             scores = scores_of(seen, row, group)[0, :visible].numpy()
             q = np.exp(scores - scores.max()) / np.exp(scores - scores.max()).sum()
             total += float((p * np.log(p / q)).sum())
@@ -237,6 +241,23 @@ def test_index_loss_is_the_divergence_by_hand_and_steps_do_not_matter() -> None:
     assert abs(float(index_loss(seen)) - total) < 1e-9 * max(total, 1)
     assert abs(float(index_loss(seen, 5)) - total) < 1e-9 * max(total, 1)
     assert queries == reading_queries([23, 9], 4) and total > 0.1
+
+
+def test_gathered_blocks_give_the_same_loss_and_gradients() -> None:
+    config = replace(random_config(0), compress_ratios=(4, 0), num_hidden_layers=1, num_hash_layers=0, index_topk=3)
+    model = random_model(config, 2).requires_grad_(True)
+    found = []
+    for sparse in (0, 1000):
+        model.zero_grad()
+        (seen,) = seen_by(model, [90, 33, 33, 2])
+        loss = index_loss(seen, 40, sparse)
+        loss.backward()
+        found.append((loss.detach(), {n: p.grad for n, p in model.named_parameters() if p.grad is not None}))
+    (one, gradients), (two, others) = found
+    torch.testing.assert_close(one, two, rtol=1e-12, atol=0)
+    assert set(gradients) == set(others) and len(gradients) == 6
+    for name, grad in gradients.items():
+        torch.testing.assert_close(grad, others[name], rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.parametrize("mode", ["exact", "fake"])
