@@ -11,6 +11,7 @@ Legend of the shape suffixes, the same in every file of this room and of `kernel
 """
 
 from abyssal.model.batch import Batch
+from abyssal.model.recorder import Attended, Recorder
 from abyssal.model.transformer import Output, Transformer
 
-__all__ = ["Batch", "Output", "Transformer"]
+__all__ = ["Attended", "Batch", "Output", "Recorder", "Transformer"]

@@ -19,8 +19,10 @@ from abyssal.model.compressor import Compressor
 from abyssal.model.indexer import Indexer
 from abyssal.model.linear import GroupedLinear, QuantLinear
 from abyssal.model.norm import RMSNorm
+from abyssal.model.recorder import Attended
 from abyssal.model.rope import Rope
 from abyssal.quant.numerics import Numerics
+from abyssal.quant.precision import wide
 
 KEYS_OF_A_STEP = 1 << 21  # values of the entries that are gathered at once: 8 MiB of float32
 # HCA's entries are read in tiles, short at first, so that a short context does not pay for empty places
@@ -98,8 +100,9 @@ class Attention(nn.Module):
                 self.compressor.store(entries, batch, memory.compressed)
             if self.indexer is not None and memory.index is not None:
                 # keys first: a query sees the block that its own token completes
-                self.indexer.remember(x_TD, batch, memory.index, rope)
+                self.indexer.remember(x_TD.detach(), batch, memory.index, rope)
                 far = self.indexer.rows(latent_TQ, x_TD, turn_T, batch, memory.index)
+                self._report(q_THC, near_KC, latent_TQ, x_TD, turn_T, batch, memory, far)
         if self.ratio and far is None and memory.compressed is not None:
             o_AHC = self._over_tiles(q_THC, near_KC, batch, memory.compressed)
         else:
@@ -132,8 +135,8 @@ class Attention(nn.Module):
             if entries is not None:
                 self.compressor.store(entries, batch, compressed)
             if self.indexer is not None and memory.index is not None:
-                with torch.no_grad():  # a choice has no gradient
-                    self.indexer.remember(x_TD, batch, memory.index, rope, fast)
+                with torch.set_grad_enabled(torch.is_grad_enabled() and self._watched(batch)):
+                    self.indexer.remember(x_TD.detach(), batch, memory.index, rope, fast)
                     chosen = self.indexer.blocks(fast, latent_TQ, x_TD, turn_T, batch, memory.index)
             rows_GB = batch.seen_rows(self.ratio)
             G, B = rows_GB.shape
@@ -145,10 +148,67 @@ class Attention(nn.Module):
         read = memory.codec.decode(new), memory.codec.decode(ring.data.clone())
         near = attention.Window(batch.spans_G6, *read, ring.size, self.config.sliding_window)
         eps = self.config.rms_norm_eps
+        if self._watched(batch):
+            with torch.no_grad():
+                held = torch.cat([new.new_zeros(1, new.shape[1]), ring.data.index_select(0, batch.window.sources), new])
+                turned = norm_and_rotate(q_THC, None, eps, turn_T.unsqueeze(1))
+            self._report(turned, memory.codec.decode(held), latent_TQ, x_TD, turn_T, batch, memory, chosen)
         o_THC = attention.attend(fast, q_THC, turn_T, self.attn_sink, eps, near, far, kept=False)
         source, target = batch.window.written
         ring.data.index_copy_(0, target, new.index_select(0, source))
         return o_THC
+
+    def _watched(self, batch: Batch) -> bool:
+        """Whether a recorder wants to know what this layer reads."""
+        return self.indexer is not None and batch.recorder is not None and batch.recorder.watches_attention
+
+    def _report(
+        self,
+        q_THC: Tensor,
+        near_KC: Tensor,
+        latent_TQ: Tensor,
+        x_TD: Tensor,
+        turn_T: Tensor,
+        batch: Batch,
+        memory: LayerMemory,
+        chosen: Tensor | tuple[Tensor, Tensor] | None,
+    ) -> None:
+        """Tell the recorder, if it asks, what this layer's queries read.
+
+        Args:
+            q_THC: normed and turned queries.
+            near_KC: what `WindowPlan.index` points into.
+            chosen: blocks [count, K], or their rows and mask [A, K], or None where each token reads all it sees.
+        """
+        rows_GB, count = batch.seen_rows(self.ratio), batch.count
+        if not self._watched(batch) or not rows_GB.shape[1]:
+            return
+        assert self.indexer is not None and memory.index is not None and memory.compressed is not None
+        assert batch.recorder is not None
+        B = rows_GB.shape[1]
+        if isinstance(chosen, tuple):
+            block_of = torch.zeros(memory.index.entries.shape[0], dtype=torch.int64)
+            block_of[rows_GB] = torch.arange(B).expand_as(rows_GB)
+            chosen = block_of[chosen[0]].masked_fill(~chosen[1], -1)[:count]
+        read_TB = torch.arange(B) < batch.visible_Q(self.ratio).unsqueeze(-1)
+        if chosen is not None:
+            read_TB &= torch.zeros(count, B + 1, dtype=torch.bool).scatter(1, chosen + 1, True)[:, 1:]
+        q_TIJ, weights_TI = self.indexer.queries(latent_TQ.detach(), x_TD.detach(), turn_T)
+        seen = Attended(
+            q_THC=q_THC.detach()[:count],
+            near_KC=near_KC.detach(),
+            index_TW=batch.window.index[:count],
+            mask_TW=batch.window.mask[:count],
+            blocks_GBC=memory.compressed.read(rows_GB).detach(),
+            read_TB=read_TB,
+            sink_H=self.attn_sink.detach(),
+            scale=self.config.head_dim**-0.5,
+            index_q_TIJ=q_TIJ[:count],
+            index_weights_TI=weights_TI[:count],
+            keys_GBJ=wide(memory.index.read(rows_GB)),
+            groups=tuple((group.first, group.length, len(group.spans)) for group in batch.groups),
+        )
+        batch.recorder.attended(self, seen)
 
     @staticmethod
     def _window(kv_TC: Tensor, batch: Batch, memory: LayerMemory) -> Tensor:

@@ -24,6 +24,7 @@ from abyssal.kernels.choice import native
 from abyssal.kernels.linear import row_unit
 from abyssal.kvcache.memory import Memory
 from abyssal.kvcache.sequence import SequenceCache, history
+from abyssal.model.recorder import Recorder
 from abyssal.model.rope import Rope
 from abyssal.quant.precision import wide_dtype
 
@@ -38,6 +39,7 @@ class Span:
         length: how many.
         start: position of the first of them in the sequence.
         since: first position whose ring rows are present.
+        skips: for each position of the sequence, how much further it is turned; None for no skips.
     """
 
     cache: SequenceCache
@@ -45,6 +47,11 @@ class Span:
     length: int
     start: int
     since: int
+    skips: NDArray[np.int64] | None = None
+
+    def places(self, positions: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Where positions of the sequence stand for the rotations."""
+        return positions if self.skips is None else positions + self.skips[positions]
 
 
 @dataclass(frozen=True)
@@ -100,7 +107,7 @@ class BlockPlan:
         sources: ring rows of earlier tokens that are pooled now.
         own, before: [N, M] places of a block's tokens and of those of the block before it (CSA) in: an absent
             row, the `sources`, the pass's own rows. None where no block is complete or none is needed.
-        starts: [N] position of each block's first token.
+        starts: [N] position of each block's first token, for the rotations.
         kept: numbers of the blocks to store, or None for all; a recomputed block may be stored already.
         entry_rows: where they go.
     """
@@ -130,14 +137,18 @@ class Batch:
         lengths: tokens of each.
         starts: position of the first token of each; by default where the state stands.
         since: first position whose ring rows are present; by default as the state says. The MTP block's differ.
+        skips: for some sequences, how much further each position is turned than it stands, [start + length or
+            more]. Rotations alone follow it: windows, blocks and what a token sees go by the number of tokens. It
+            may change at multiples of the largest block alone, and must be the same in all passes of a sequence.
 
     Attributes:
         spans: where each sequence's tokens lie.
         count: tokens.
         padded: rows of the packed tensors, the next multiple of `unit`.
         unit: rows of which products are a multiple.
-        positions: [padded], 0 for rows of nobody.
+        positions: [padded], of the rotations; 0 for rows of nobody.
         watched: where the indexers of the CSA layers note what the last token of each span reads, or None.
+        recorder: what a trainer asks and notes, or None.
     """
 
     def __init__(
@@ -146,13 +157,15 @@ class Batch:
         lengths: Sequence[int],
         starts: Sequence[int] | None = None,
         since: Sequence[int] | None = None,
+        skips: Sequence[NDArray[np.int64] | None] | None = None,
     ):
         starts = [cache.position for cache in caches] if starts is None else starts
         since = [cache.since for cache in caches] if since is None else since
+        skips = [None] * len(caches) if skips is None else skips
         self.spans: list[Span] = []
         first = 0
-        for cache, length, start, present in zip(caches, lengths, starts, since, strict=True):
-            self.spans.append(Span(cache, first, length, start, present))
+        for cache, length, start, present, skip in zip(caches, lengths, starts, since, skips, strict=True):
+            self.spans.append(Span(cache, first, length, start, present, skip))
             first += length
         self.memory: Memory = caches[0].memory
         self.count = first
@@ -167,8 +180,15 @@ class Batch:
         self._positions = np.zeros(self.padded, np.int64)
         for span in self.spans:
             self._positions[span.first : span.first + span.length] = np.arange(span.start, span.start + span.length)
-        self.positions = torch.from_numpy(self._positions)
+        turned = self._positions
+        if any(skip is not None for skip in skips):
+            turned = turned.copy()
+            for span in self.spans:
+                part = slice(span.first, span.first + span.length)
+                turned[part] = span.places(self._positions[part])
+        self.positions = torch.from_numpy(turned)
         self.watched: list[list[NDArray[np.int64]]] | None = None
+        self.recorder: Recorder | None = None
         self._blocks: dict[int, BlockPlan] = {}
         self._visible: dict[int, Tensor] = {}
         self._turns: dict[tuple[int, Rope], Tensor] = {}
@@ -191,6 +211,12 @@ class Batch:
             else:
                 found.append([span])
         return [Group(spans[0].first, spans[0].length, tuple(spans)) for spans in found]
+
+    @property
+    def topk(self) -> int:
+        """How many blocks a query of a CSA layer reads at most."""
+        asked = None if self.recorder is None else self.recorder.topk
+        return self.memory.config.index_topk if asked is None else asked
 
     def visible(self, ratio: int) -> NDArray[np.int64]:
         """[count] blocks that each token sees; it sees the one that it completes (architecture.md 2.8)."""
@@ -219,7 +245,8 @@ class Batch:
         """Rotations [N, R/2] at the first token of each block that the tokens complete, made once for a pass."""
         if (ratio, rope) not in self._turns:
             starts = [
-                np.arange(span.start // ratio, (span.start + span.length) // ratio) * ratio for span in self.spans
+                span.places(np.arange(span.start // ratio, (span.start + span.length) // ratio) * ratio)
+                for span in self.spans
             ]
             self._turns[ratio, rope] = rope.at(torch.from_numpy(np.concatenate(starts)))
         return self._turns[ratio, rope]
@@ -303,7 +330,7 @@ class Batch:
             if overlap:
                 earlier = place[: len(place) - ratio].reshape(-1, ratio)
                 before.append(earlier if first else np.concatenate([np.zeros((1, ratio), np.int64), earlier]))
-            starts.append(numbers * ratio)
+            starts.append(span.places(numbers * ratio))
             new = (numbers + 1) * ratio > span.cache.known
             kept.append(new)
             targets.append(span.cache.block_rows(numbers[new], ratio))

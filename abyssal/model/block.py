@@ -42,14 +42,15 @@ class Block(nn.Module):
         self, streams_TND: Tensor, ids_T: Tensor, batch: Batch, memory: LayerMemory, rope: Rope, turn_T: Tensor
     ) -> Tensor:
         """streams_TND -> streams_TND for the padded rows of a batch; its tokens are added to the memory."""
-        after_TND = self._steps.attention(streams_TND, batch, memory, rope, turn_T)
+        fast = batch.recorder is None  # in one call, nothing can be noted
+        after_TND = self._steps.attention(streams_TND, batch, memory, rope, turn_T) if fast else None
         if after_TND is None:
             site = Site(self.config, self.hc_attn_fn, self.hc_attn_base, self.hc_attn_scale)
             x_TD, gates = site.enter(streams_TND, self.attn_norm)
             after_TND = site.leave(self.attn(x_TD, batch, memory, rope, turn_T), streams_TND, gates)
-        done_TND = self._steps.moe(after_TND, ids_T)
+        done_TND = self._steps.moe(after_TND, ids_T) if fast else None
         if done_TND is None:
             site = Site(self.config, self.hc_ffn_fn, self.hc_ffn_base, self.hc_ffn_scale)
             x_TD, gates = site.enter(after_TND, self.ffn_norm)
-            done_TND = site.leave(self.ffn(x_TD, ids_T, batch.count), after_TND, gates)
+            done_TND = site.leave(self.ffn(x_TD, ids_T, batch.count, batch.recorder), after_TND, gates)
         return done_TND

@@ -60,7 +60,7 @@ class Indexer(nn.Module):
             batch: where the tokens stand; A is `batch.attending`.
             memory: the index keys, those of these tokens among them.
         """
-        k, ratio = self.config.index_topk, memory.ratio
+        k, ratio = batch.topk, memory.ratio
         rows, mask = batch.first_rows(ratio, k)
         visible = batch.visible(ratio)
         last = [span.first + span.length - 1 for span in batch.spans]
@@ -71,7 +71,7 @@ class Indexer(nn.Module):
             return rows, mask
         with torch.no_grad():  # a choice has no gradient
             rows, mask = rows.clone(), mask.clone()
-            q_TIJ, weights_TI = self._queries(latent_TQ, x_TD, turn_T)
+            q_TIJ, weights_TI = self.queries(latent_TQ, x_TD, turn_T)
             for group in batch.groups:
                 most = int(visible[group.rows].max())
                 if most <= k:
@@ -107,12 +107,12 @@ class Indexer(nn.Module):
         Args:
             fast: the native kernels; the others as of `rows`.
         """
-        k, ratio = self.config.index_topk, memory.ratio
+        k, ratio = batch.topk, memory.ratio
         visible = batch.visible(ratio)
         chosen = None
         if int(visible.max()) > k:
             with torch.no_grad():
-                q_TIJ, weights_TI = self._queries(latent_TQ, x_TD, turn_T)
+                q_TIJ, weights_TI = self.queries(latent_TQ, x_TD, turn_T)
                 chosen = choose_rows(
                     fast,
                     q_TIJ,
@@ -120,7 +120,7 @@ class Indexer(nn.Module):
                     batch.visible_Q(ratio),
                     batch.firsts,
                     batch.table_GP,
-                    memory.entries,
+                    memory.entries.detach(),
                     memory.per_page,
                     k,
                 )
@@ -134,7 +134,7 @@ class Indexer(nn.Module):
             )
         return chosen
 
-    def _queries(self, latent_TQ: Tensor, x_TD: Tensor, turn_T: Tensor) -> tuple[Tensor, Tensor]:
+    def queries(self, latent_TQ: Tensor, x_TD: Tensor, turn_T: Tensor) -> tuple[Tensor, Tensor]:
         """Index queries [T, I, J] and head weights [T, I], in float32 (float64 for float64)."""
         I, J = self.config.index_n_heads, self.config.index_head_dim
         q = rotate_tail(self.wq_b(latent_TQ).unflatten(-1, (I, J)), turn_T.unsqueeze(1))

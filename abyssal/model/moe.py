@@ -16,6 +16,7 @@ from abyssal.kernels.rounding import fake_fp8
 from abyssal.kernels.router import router_weights
 from abyssal.kernels.swiglu import swiglu
 from abyssal.model.linear import ACTIVATION_BLOCK, PackedModule, QuantLinear, WideLinear
+from abyssal.model.recorder import Recorder
 from abyssal.quant.numerics import Numerics
 from abyssal.quant.precision import wide
 
@@ -42,13 +43,26 @@ class Gate(WideLinear):
         table = torch.zeros(config.vocab_size, K, dtype=torch.int64) if hashed else None
         self.register_buffer("tid2eid", table)
 
-    def route(self, x_TD: Tensor, ids_T: Tensor) -> tuple[Tensor, Tensor]:
-        """Weights [T, K] in float32, which sum to `routed_scaling_factor`, and expert numbers [T, K]."""
+    def route(
+        self, x_TD: Tensor, ids_T: Tensor, count: int | None = None, recorder: Recorder | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Weights [T, K] in float32, which sum to `routed_scaling_factor`, and expert numbers [T, K].
+
+        Args:
+            x_TD, ids_T: input of the sublayer, and the tokens' ids.
+            count: rows from here on belong to nobody; by default there are none.
+            recorder: may choose in place of the router, and notes what was chosen.
+        """
         logits = self.forward(x_TD)
         chosen = None if self.tid2eid is None else self.tid2eid[ids_T].long()
-        return router_weights(
+        if recorder is not None and (given := recorder.choice(self)) is not None:
+            chosen = F.pad(given, (0, 0, 0, len(x_TD) - len(given)))
+        weights_TK, chosen_TK = router_weights(
             logits, self.bias, chosen, self.config.num_experts_per_tok, self.config.routed_scaling_factor
         )
+        if recorder is not None:
+            recorder.routed(self, logits[:count], chosen_TK[:count])
+        return weights_TK, chosen_TK
 
 
 class Experts(PackedModule):
@@ -174,12 +188,12 @@ class MoE(nn.Module):
         if self.experts.on_disk and self.gate.tid2eid is not None:
             self.experts.expect(self.gate.tid2eid[ids_T])
 
-    def forward(self, x_TD: Tensor, ids_T: Tensor, count: int) -> Tensor:
+    def forward(self, x_TD: Tensor, ids_T: Tensor, count: int, recorder: Recorder | None = None) -> Tensor:
         """x [T, D] and token ids [T] (hash routing) -> [T, D], same dtype.
 
         Rows from `count` on belong to nobody and pass no routed expert.
         """
-        weights_TK, chosen_TK = self.gate.route(x_TD, ids_T)
+        weights_TK, chosen_TK = self.gate.route(x_TD, ids_T, count, recorder)
         self.experts.expect(chosen_TK[:count])
         tokens = x_TD[:count], weights_TK[:count], chosen_TK[:count]
         block = ACTIVATION_BLOCK if self.experts.numerics.activations else 0

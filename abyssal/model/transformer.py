@@ -21,6 +21,7 @@ from abyssal.model.linear import Linear, PackedModule
 from abyssal.model.mhc import collapse_head, head_parameters
 from abyssal.model.mtp import MTPBlock
 from abyssal.model.norm import RMSNorm
+from abyssal.model.recorder import Recorder
 from abyssal.model.rope import Rope
 from abyssal.quant.numerics import Numerics
 from abyssal.quant.precision import wide
@@ -149,6 +150,8 @@ class Transformer(nn.Module):
         lengths: Sequence[int] | None = None,
         *,
         watch: bool = False,
+        recorder: Recorder | None = None,
+        skips: Sequence[NDArray[np.int64] | None] | None = None,
     ) -> Output:
         """One pass over packed tokens of sequences of any lengths, each at its own position.
 
@@ -160,6 +163,8 @@ class Transformer(nn.Module):
             caches: the state of each, all in one memory; advanced.
             lengths: tokens of each; needed when there is more than one.
             watch: report which blocks the indexers choose.
+            recorder: what a trainer asks and notes.
+            skips: how much further the positions of some sequences are turned; see `Batch`.
         Raises:
             TokenError: an id is outside the vocabulary, or there is no token.
             ValueError: the lengths do not add up.
@@ -176,8 +181,9 @@ class Transformer(nn.Module):
         for block in self.layers:
             assert isinstance(block, Block)
             block.ffn.expect(ids_T)
-        batch = Batch(caches, lengths)
+        batch = Batch(caches, lengths, skips=skips)
         batch.watched = [] if watch else None
+        batch.recorder = recorder
         ids_T = batch.pad(ids_T)
         streams_TND = self.enter(ids_T)
         turns = {ratio: self.ropes[ratio].at(batch.positions) for ratio in set(self.config.backbone_ratios)}
@@ -209,7 +215,7 @@ class Transformer(nn.Module):
         Args:
             streams_TND: `Output.streams_TND` at tokens i, or this block's own for a longer draft.
             next_ids_T: the tokens i + 1.
-            batch: where the tokens i stand; the MTP block's window is advanced.
+            batch: where the tokens i stand, and the trainer's recorder; the MTP block's window is advanced.
         Returns:
             z_TD, which `logits` turns into those of token i + 2, and streams_TND for the next step.
         """

@@ -1,1 +1,1 @@
-"""Training: data, losses, optimiser, recipes and runs."""
+"""Training: from documents and messages to a model."""

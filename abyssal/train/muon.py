@@ -1,0 +1,130 @@
+"""Muon with the hybrid Newton-Schulz iteration (training.md 2): momentum whose singular values are all one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from abyssal.quant.precision import wide
+
+Triple = tuple[float, float, float]
+# eight steps bring the singular values near 1, two settle them there
+HYBRID: tuple[Triple, ...] = ((3.4445, -4.7750, 2.0315),) * 8 + ((2.0, -1.5, 0.5),) * 2
+
+
+def orthogonalise(
+    x_BNM: Tensor, steps: Sequence[Triple] = HYBRID, dtype: torch.dtype | None = None, eps: float = 1e-7
+) -> Tensor:
+    """The orthogonal matrices nearest to those of a stack, by Newton-Schulz.
+
+    Args:
+        x_BNM: matrices [..., n, m]; each is treated alone.
+        steps: coefficients (a, b, c) of each iteration, X <- a X + (b A + c A A) X with A = X X^T.
+        dtype: in which the products run; default that of x.
+        eps: added to the norm, so that zero stays zero.
+    Returns:
+        [..., n, m] in the dtype of x, singular values near 1 (those of directions that x has).
+    """
+    tall = x_BNM.shape[-2] > x_BNM.shape[-1]
+    x = (x_BNM.mT if tall else x_BNM).reshape(-1, min(x_BNM.shape[-2:]), max(x_BNM.shape[-2:]))
+    x = x / (torch.linalg.matrix_norm(x, keepdim=True) + eps)  # before the cast: a small gradient keeps its bits
+    x = x.to(dtype or x.dtype)
+    for a, b, c in steps:
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    x = x.to(x_BNM.dtype)
+    return (x.mT if tall else x).reshape(x_BNM.shape)
+
+
+@dataclass(frozen=True)
+class MuonRule:
+    """Numbers of Muon.
+
+    Attributes:
+        momentum: of the buffer.
+        decay: decoupled weight decay, times the rate.
+        rms: root mean square of a square matrix's update, before the rate.
+        steps: coefficients of each Newton-Schulz iteration.
+        dtype: in which its products run.
+    """
+
+    momentum: float = 0.95
+    decay: float = 0.1
+    rms: float = 0.18
+    steps: tuple[Triple, ...] = HYBRID
+    dtype: torch.dtype = torch.float32
+
+
+class Muon:
+    """Muon over named matrices; those of one shape, lying or standing, are orthogonalised in one stack.
+
+    Args:
+        params: matrices [n, m], or stacks [E, n, m] of independent ones.
+        parts: for a matrix that is several, one above the other, how many; it is split before it is orthogonalised.
+        rule: the numbers.
+    Raises:
+        ValueError: a parameter is no matrix, or does not split into so many parts.
+    """
+
+    def __init__(
+        self, params: Mapping[str, nn.Parameter], parts: Mapping[str, int] | None = None, rule: MuonRule | None = None
+    ):
+        self.params = dict(params)
+        self.rule = rule or MuonRule()
+        self.parts = dict(parts or {})
+        for name, p in self.params.items():
+            if p.dim() not in (2, 3) or p.shape[-2] % self.parts.get(name, 1):
+                raise ValueError(
+                    f"{name} {list(p.shape)} is no matrix in {self.parts.get(name, 1)} parts: give it to AdamW"
+                )
+        # float32 at least, also for parameters in bfloat16
+        self.momentum = {name: torch.zeros_like(wide(p.detach())) for name, p in self.params.items()}
+
+    @torch.no_grad()
+    def step(self, rate: float) -> float:
+        """Update every parameter that has a gradient.
+
+        Args:
+            rate: learning rate.
+        Returns:
+            root mean square of the update before the rate, over all values updated; 0 without any.
+        """
+        stacks: dict[tuple[int, int], list[tuple[str, Tensor]]] = {}
+        for name, p in self.params.items():
+            if p.grad is None:
+                continue
+            grad = wide(p.grad)
+            self.momentum[name].mul_(self.rule.momentum).add_(grad)
+            ahead = torch.add(grad, self.momentum[name], alpha=self.rule.momentum)  # Nesterov
+            ahead = ahead.unflatten(-2, (self.parts.get(name, 1), -1)).flatten(0, -3)
+            lying = ahead if ahead.shape[-2] <= ahead.shape[-1] else ahead.mT
+            stacks.setdefault((lying.shape[-2], lying.shape[-1]), []).append((name, lying))
+        squares, count = 0.0, 0
+        for (_, longest), members in stacks.items():
+            gain = longest**0.5 * self.rule.rms
+            stack = torch.cat([lying for _, lying in members])
+            updates = orthogonalise(stack, self.rule.steps, self.rule.dtype).split([len(x) for _, x in members])
+            for (name, _), update in zip(members, updates, strict=True):
+                p = self.params[name]
+                rows = p.shape[-2] // self.parts.get(name, 1)
+                update = (update if rows <= p.shape[-1] else update.mT).reshape(p.shape)
+                p.mul_(1 - rate * self.rule.decay).sub_(update, alpha=rate * gain)
+                squares += gain**2 * float(update.square().sum())
+                count += update.numel()
+        return (squares / max(count, 1)) ** 0.5
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The buffers, as `<parameter>.momentum`; they are not copied."""
+        return {f"{name}.momentum": buffer for name, buffer in self.momentum.items()}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Take over what `state_dict` gave.
+
+        Raises:
+            KeyError: a buffer is missing.
+        """
+        for name, buffer in self.momentum.items():
+            buffer.copy_(state[f"{name}.momentum"])

@@ -1,0 +1,312 @@
+"""One step of pre-training: documents, losses, clipping, optimisers, a line of numbers (training.md 3, 7)."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from abyssal.base.errors import ConfigError
+from abyssal.base.machine import resident_bytes
+from abyssal.model import Transformer
+from abyssal.model.moe import Gate
+from abyssal.train.adamw import AdamWRule
+from abyssal.train.balance import max_violation, move_bias
+from abyssal.train.checkpoint import Saved
+from abyssal.train.losses import cross_entropy, reading_queries
+from abyssal.train.muon import MuonRule
+from abyssal.train.optimiser import Optimiser, Rates
+from abyssal.train.order import Mixture
+from abyssal.train.packing import Pack, with_skips
+from abyssal.train.qat import quantised
+from abyssal.train.schedule import Schedule
+from abyssal.train.spikes import SpikeWatch, Verdict
+from abyssal.train.watch import Watch
+
+CSA = 4  # tokens of a block whose indexer learns
+ANTICIPATION = 500  # steps of anticipatory routing after a spike
+Choices = dict[str, Tensor]  # of each router that chooses by score, [T, K]
+
+
+@dataclass(frozen=True)
+class Rules:
+    """Numbers of a run; two runs with equal rules, data and start are equal to the last bit.
+
+    Attributes:
+        schedule: what changes over the run.
+        tokens: of a pass at most.
+        passes: of a step; their gradients add up.
+        length: tokens of a sequence over which experts are balanced; neighbours are joined up to it.
+        muon, adamw: peak learning rates.
+        clip: largest norm of the gradient, of the model and of its indexers each.
+        index: weight of the indexers' loss.
+        balance: weight of the balance loss.
+        topk: blocks that a CSA query reads once selection is sparse; None for the configured number.
+        skip_share: of the sequences, how many get position skips.
+        skip_limit: their positions stay below it.
+        seed: of the skips.
+        bfloat16_muon: orthogonalise in bfloat16, several times as fast where the processor multiplies it.
+    """
+
+    schedule: Schedule
+    tokens: int = 4096
+    passes: int = 1
+    length: int = 1024
+    muon: float = 0.006
+    adamw: float = 0.003
+    clip: float = 1.0
+    index: float = 0.5
+    balance: float = 1e-4
+    topk: int | None = None
+    skip_share: float = 0.0
+    skip_limit: int = 1 << 20
+    seed: int = 0
+    bfloat16_muon: bool = False
+
+
+@dataclass
+class _Clock:
+    """Seconds by phase."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def __call__(self, phase: str) -> Iterator[None]:
+        begin = time.perf_counter()
+        yield
+        self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - begin
+
+
+def joined(lengths: Sequence[int], least: int) -> list[int]:
+    """Neighbouring sequences joined until each has `least` tokens or more; what is left joins the last one."""
+    found, held = [], 0
+    for length in lengths:
+        held += length
+        if held >= least:
+            found.append(held)
+            held = 0
+    if held and found:
+        found[-1] += held
+    elif held:
+        found = [held]
+    return found
+
+
+class Trainer:
+    """A model on its way through the data.
+
+    Args:
+        model: unpacked, float32; its parameters record gradients but for the routers' bias.
+        data: where the next sequences come from.
+        rules: the numbers.
+
+    Attributes:
+        step_number: steps that are done.
+        tokens: tokens that the model has read.
+        anticipating: steps of anticipatory routing that are left: experts are those that the parameters before the
+            last update chose, weights those of the current ones, so that router and experts do not drive each other.
+    """
+
+    def __init__(self, model: Transformer, data: Mixture, rules: Rules):
+        self.model, self.data, self.rules = model, data, rules
+        dtype = torch.bfloat16 if rules.bfloat16_muon else torch.float32
+        self.optimiser = Optimiser(model, MuonRule(dtype=dtype), AdamWRule())
+        self.spikes = SpikeWatch()
+        self.step_number = 0
+        self.tokens = 0
+        self.anticipating = 0
+        self._ahead: list[tuple[Pack, Choices]] = []  # of the next step, while anticipating
+        self._place = data.state_dict()  # in the data, before what was fetched ahead
+        self._gates = {name: module for name, module in model.named_modules() if isinstance(module, Gate)}
+        self._indexers = [p for name, p in model.named_parameters() if ".indexer." in name and p.requires_grad]
+        own = set(map(id, self._indexers))
+        self._others = [p for p in self.optimiser.params if id(p) not in own]
+        self._csa_layers = sum(ratio == CSA for ratio in model.config.backbone_ratios)
+
+    def _packs(self, step: int) -> list[Pack]:
+        r, packs = self.rules, []
+        for number in range(r.passes):
+            packed = self.data.take(r.tokens)
+            if r.skip_share:
+                packed = with_skips(packed, r.skip_limit, r.skip_share, (r.seed, step, number))
+            packs.append(packed)
+        return packs
+
+    def step(self) -> dict[str, Any]:
+        """Learn from the next sequences.
+
+        A step whose loss or gradient is not finite changes nothing but the place in the data. Where `verdict` is
+        "roll back", whoever runs the trainer calls `go_back`; that step has not been applied either.
+
+        Returns:
+            the line of metrics.
+        """
+        r, step, clock = self.rules, self.step_number, _Clock()
+        with clock("data"):
+            work = self._ahead or [(packed, {}) for packed in self._packs(step)]
+            self._ahead, self._place = [], self.data.state_dict()
+        losses, loads = self._learn(work, clock)
+        if self.anticipating:
+            self.anticipating -= 1
+        if self.anticipating:
+            with clock("ahead"):
+                self._ahead = [(packed, self._choices(packed)) for packed in self._packs(step + 1)]
+        with clock("update"):
+            norm = float(nn.utils.clip_grad_norm_(self._others, r.clip))
+            index_norm = float(nn.utils.clip_grad_norm_(self._indexers, r.clip)) if self._indexers else 0.0
+            verdict = self.spikes.judge(losses["loss"], norm + index_norm)
+            factor = r.schedule.rate(step)
+            updates = {"muon": 0.0, "adamw": 0.0}
+            if verdict is Verdict.APPLY:
+                updates = self.optimiser.step(Rates(r.muon * factor, r.adamw * factor))
+                for name, load_E in loads.items():
+                    move_bias(self._gates[name], load_E, r.schedule.bias_step(step))
+            self.model.zero_grad()
+            squares = [p.detach().square().sum() for p in self.optimiser.params]
+        tokens = sum(packed.tokens for packed, _ in work)
+        self.step_number += 1
+        self.tokens += tokens
+        return {
+            "step": self.step_number,
+            "tokens": self.tokens,
+            "rate": factor,
+            **losses,
+            "grad_norm": norm,
+            "index_grad_norm": index_norm,
+            "update_rms": updates,
+            "param_norm": float(torch.stack(squares).sum().sqrt()),
+            "max_violation": {name: max_violation(load_E) for name, load_E in loads.items()},
+            "verdict": verdict.value,
+            "tokens_per_s": tokens / sum(clock.seconds.values()),
+            "seconds": clock.seconds,
+            "memory": resident_bytes(),
+        }
+
+    @torch.no_grad()
+    def _choices(self, packed: Pack) -> Choices:
+        """What the routers choose with the parameters as they are."""
+        watch = Watch(packed.lengths, topk=self._topk(packed))
+        with quantised(self.model, self.rules.schedule.formats(self.step_number)):
+            out, batch = packed.run(self.model, watch)
+            if self.model.mtp:
+                self.model.draft(out.streams_TND, packed.targets_T, batch)
+        return {name: watch.chosen[gate] for name, gate in self._gates.items() if gate.bias is not None}
+
+    def _topk(self, packed: Pack) -> int | None:
+        """How many blocks queries read; while selection is dense, a number that none exceeds."""
+        return max(packed.lengths) // CSA if self.rules.schedule.dense(self.step_number) else self.rules.topk
+
+    def _learn(
+        self, work: Sequence[tuple[Pack, Choices]], clock: _Clock
+    ) -> tuple[dict[str, float], dict[str, Tensor]]:
+        """Gradients of all passes; the losses' means over the step, and the load of every expert."""
+        r, step = self.rules, self.step_number
+        packs = [packed for packed, _ in work]
+        targets = max(sum(int(packed.learned_T.sum()) for packed in packs), 1)
+        later = max(sum(int(packed.later_learned_T.sum()) for packed in packs), 1)
+        queries = max(self._csa_layers * sum(reading_queries(packed.lengths, CSA) for packed in packs), 1)
+        balanced = [joined(packed.lengths, r.length) for packed in packs]
+        routers = sum(gate.bias is not None for gate in self._gates.values())
+        sequences = max(routers * sum(map(len, balanced)), 1)
+        totals = dict.fromkeys(("loss", "mtp_loss", "balance_loss", "index_loss"), 0.0)
+        loads: dict[str, Tensor] = {}
+        names = {gate: name for name, gate in self._gates.items()}
+        with quantised(self.model, r.schedule.formats(step)):
+            for (packed, choices), lengths in zip(work, balanced, strict=True):
+                given: dict[nn.Module, Tensor] = {self._gates[name]: chosen for name, chosen in choices.items()}
+                topk = self._topk(packed)
+                watch = Watch(lengths, topk=topk, attention=bool(self._csa_layers), choices=given)
+                with clock("forward"):
+                    out, batch = packed.run(self.model, watch)
+                    head = self.model.head.weight
+                    main = cross_entropy(out.z_TD, head, packed.targets_T, packed.learned_T / targets)
+                    draft = main.new_zeros(())
+                    if self.model.mtp:
+                        z_TD, _ = self.model.draft(out.streams_TND, packed.targets_T, batch)
+                        draft = cross_entropy(z_TD, head, packed.later_T, packed.later_learned_T / later)
+                    # the weights of spec 3.3 and 3.4 are of one layer: sums over layers, means over all else
+                    balance, index = watch.balance / sequences, watch.index / queries
+                with clock("backward"):
+                    total = main + r.schedule.mtp_weight(step) * draft
+                    total = total + r.balance * routers * balance + r.index * self._csa_layers * index
+                    total.backward()
+                for name, value in zip(totals, (main, draft, balance, index), strict=True):
+                    totals[name] += value.item()
+                for gate, load_E in watch.loads.items():
+                    name = names[gate]
+                    loads[name] = loads[name] + load_E if name in loads else load_E
+        return totals, loads
+
+    def saved(self) -> Saved:
+        """All of the trainer's state; tensors are not copied."""
+        state = {
+            "step": self.step_number,
+            "tokens": self.tokens,
+            "rules": asdict(self.rules),
+            "config": self.model.config.to_dict(),
+            "data": self._place,
+            "anticipating": self.anticipating,
+            "spikes": self.spikes.state_dict(),
+            "torch_rng": torch.get_rng_state().numpy().tobytes().hex(),
+        }
+        ahead = {
+            f"ahead.{number}.{name}": chosen_TK
+            for number, (_, choices) in enumerate(self._ahead)
+            for name, chosen_TK in choices.items()
+        }
+        return Saved(self.model.state_dict(), self.optimiser.state_dict() | ahead, state)
+
+    def resume(self, saved: Saved) -> None:
+        """Go on where `saved` was taken.
+
+        Raises:
+            ConfigError: it is of a run with other rules or another model.
+        """
+        mine = self.saved().state
+        for part in ("rules", "config"):
+            differing = _differences(mine[part], saved.state[part])
+            if differing:
+                raise ConfigError(
+                    f"the checkpoint was made under other {part} ({', '.join(differing)}): resume with its own,"
+                    " or begin a new run"
+                )
+        self.model.load_state_dict(dict(saved.model))
+        self.optimiser.load_state_dict(saved.optim)
+        self.step_number, self.tokens = saved.state["step"], saved.state["tokens"]
+        self.data.load_state_dict(saved.state["data"])
+        self._place, self._ahead = self.data.state_dict(), []
+        self.anticipating = saved.state["anticipating"]
+        if any(name.startswith("ahead.") for name in saved.optim):
+            for number, packed in enumerate(self._packs(self.step_number)):
+                head = f"ahead.{number}."
+                choices = {name.removeprefix(head): t for name, t in saved.optim.items() if name.startswith(head)}
+                self._ahead.append((packed, choices))
+        self.spikes.load_state_dict(saved.state["spikes"])
+        raw = bytearray.fromhex(saved.state["torch_rng"])
+        torch.set_rng_state(torch.frombuffer(raw, dtype=torch.uint8))
+
+    def go_back(self, saved: Saved, steps: int = ANTICIPATION) -> None:
+        """Begin again where `saved` was taken, with anticipatory routing for some steps, after a spike.
+
+        Raises:
+            ConfigError: as for `resume`.
+        """
+        self.resume(saved)
+        self.anticipating = steps
+
+
+def _differences(mine: Any, theirs: Any, path: str = "") -> list[str]:
+    """Names of the entries that differ, as JSON sees them."""
+    if isinstance(mine, dict) and isinstance(theirs, dict):
+        return [
+            name
+            for key in sorted(mine.keys() | theirs.keys())
+            for name in _differences(mine.get(key), theirs.get(key), f"{path}.{key}".lstrip("."))
+        ]
+    mine, theirs = (list(value) if isinstance(value, tuple) else value for value in (mine, theirs))
+    return [] if mine == theirs else [path]
