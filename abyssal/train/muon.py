@@ -13,6 +13,7 @@ from abyssal.quant.precision import wide
 Triple = tuple[float, float, float]
 # eight steps bring the singular values near 1, two settle them there
 HYBRID: tuple[Triple, ...] = ((3.4445, -4.7750, 2.0315),) * 8 + ((2.0, -1.5, 0.5),) * 2
+CACHED = 1 << 19  # values that pass all iterations together, since they stay in the cache
 
 
 def orthogonalise(
@@ -32,11 +33,18 @@ def orthogonalise(
     x = (x_BNM.mT if tall else x_BNM).reshape(-1, min(x_BNM.shape[-2:]), max(x_BNM.shape[-2:]))
     x = x / (torch.linalg.matrix_norm(x, keepdim=True) + eps)  # before the cast: a small gradient keeps its bits
     x = x.to(dtype or x.dtype)
+    if len(x):
+        size = max(CACHED // x[0].numel(), 1)
+        x = torch.cat([_iterate(part, steps) for part in x.split(size)])
+    x = x.to(x_BNM.dtype)
+    return (x.mT if tall else x).reshape(x_BNM.shape)
+
+
+def _iterate(x: Tensor, steps: Sequence[Triple]) -> Tensor:
     for a, b, c in steps:
         gram = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-    x = x.to(x_BNM.dtype)
-    return (x.mT if tall else x).reshape(x_BNM.shape)
+    return x
 
 
 @dataclass(frozen=True)

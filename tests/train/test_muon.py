@@ -11,6 +11,7 @@ from torch import nn
 from abyssal.arch.presets import preset
 from abyssal.model import Transformer
 from abyssal.model.init import initialise
+from abyssal.train import muon
 from abyssal.train.adamw import AdamW, AdamWRule
 from abyssal.train.muon import Muon, MuonRule, orthogonalise
 from abyssal.train.optimiser import Optimiser, Rates, parts_of, takes_adamw
@@ -53,6 +54,16 @@ def test_a_stack_is_its_matrices_one_by_one_and_zero_stays_zero() -> None:
     for one, x in zip(together, stack, strict=True):
         torch.testing.assert_close(one, orthogonalise(x), rtol=0, atol=2e-6)
     assert not together[3].any() and together.isfinite().all()
+    assert orthogonalise(stack[:0]).shape == (0, 24, 40)
+
+
+def test_a_large_stack_is_cut_and_joined_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    stack = torch.randn(7, 24, 40, generator=torch.Generator().manual_seed(0))
+    whole = orthogonalise(stack)
+    monkeypatch.setattr(muon, "CACHED", 2 * 24 * 40 + 1)
+    torch.testing.assert_close(orthogonalise(stack), whole, rtol=0, atol=2e-6)
+    monkeypatch.setattr(muon, "CACHED", 1)
+    torch.testing.assert_close(orthogonalise(stack.mT), whole.mT, rtol=0, atol=2e-6)
 
 
 def test_update_has_the_promised_size() -> None:
@@ -150,18 +161,18 @@ def test_state_is_float32_for_narrow_parameters_and_survives_a_save() -> None:
     p = nn.Parameter(torch.randn(8, 8).bfloat16())
     q = nn.Parameter(torch.randn(8).bfloat16())
     p.grad, q.grad = torch.randn(8, 8).bfloat16(), torch.randn(8).bfloat16()
-    muon, adamw = Muon({"p": p}), AdamW({"q": q})
-    muon.step(0.1)
+    mine, adamw = Muon({"p": p}), AdamW({"q": q})
+    mine.step(0.1)
     adamw.step(0.1)
-    assert muon.momentum["p"].dtype == adamw.first["q"].dtype == adamw.second["q"].dtype == torch.float32
-    states = {k: v.clone() for k, v in (muon.state_dict() | adamw.state_dict()).items()}
+    assert mine.momentum["p"].dtype == adamw.first["q"].dtype == adamw.second["q"].dtype == torch.float32
+    states = {k: v.clone() for k, v in (mine.state_dict() | adamw.state_dict()).items()}
     assert set(states) == {"p.momentum", "q.first", "q.second", "q.steps"}
     other, another = Muon({"p": nn.Parameter(p.detach().clone())}), AdamW({"q": nn.Parameter(q.detach().clone())})
     other.load_state_dict(states)
     another.load_state_dict(states)
-    for a, b in ((muon, other), (adamw, another)):
-        for mine, theirs in zip(a.params.values(), b.params.values(), strict=True):
-            theirs.grad = mine.grad
+    for a, b in ((mine, other), (adamw, another)):
+        for ours, theirs in zip(a.params.values(), b.params.values(), strict=True):
+            theirs.grad = ours.grad
         a.step(0.1)
         b.step(0.1)
     assert torch.equal(p, other.params["p"]) and torch.equal(q, another.params["q"])
@@ -173,9 +184,9 @@ def test_nano_is_divided_as_the_specification_says() -> None:
     with torch.device("meta"):
         model = Transformer(preset("nano"))
     optimiser = Optimiser(model)
-    adamw, muon = set(optimiser.adamw.params), set(optimiser.muon.params)
-    assert adamw | muon == {n for n, p in model.named_parameters() if not n.endswith("gate.bias")}
-    assert not adamw & muon
+    adamw, matrices = set(optimiser.adamw.params), set(optimiser.muon.params)
+    assert adamw | matrices == {n for n, p in model.named_parameters() if not n.endswith("gate.bias")}
+    assert not adamw & matrices
     for name in (
         "embed.weight",
         "head.weight",
@@ -187,8 +198,8 @@ def test_nano_is_divided_as_the_specification_says() -> None:
     for leaf in ("hc_attn_base", "hc_ffn_scale", "hc_attn_fn", "ffn.gate.weight", "attn.compressor.ape"):
         assert f"layers.1.{leaf}" in adamw
     for leaf in ("ffn.experts.w1", "attn.wq_b.weight", "attn.wo_a.weight", "attn.indexer.weights_proj.weight"):
-        assert f"layers.1.{leaf}" in muon
-    assert "mtp.0.e_proj.weight" in muon
+        assert f"layers.1.{leaf}" in matrices
+    assert "mtp.0.e_proj.weight" in matrices
     assert optimiser.muon.parts["layers.1.attn.wo_a.weight"] == 2
     assert optimiser.muon.parts["layers.1.attn.compressor.wkv.weight"] == 2
     assert optimiser.muon.parts["layers.1.attn.indexer.compressor.wgate.weight"] == 2
