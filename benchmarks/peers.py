@@ -33,6 +33,7 @@ import json
 import os
 import platform
 import queue
+import re
 import subprocess
 import sys
 import tempfile
@@ -131,7 +132,8 @@ class Side:
                     left.pop(0)
                 step = str(left[0]) if left else ""
         except FailedError as error:
-            self.errors |= dict.fromkeys([step, *map(str, left)] if step != "load" else ["load"], str(error))
+            said = re.sub(r'"[^"]*/site-packages/', '"', str(error))  # where a peer stands says nothing
+            self.errors |= dict.fromkeys([step, *map(str, left)] if step != "load" else ["load"], said)
 
     def compare(self, ours: Path, theirs: Path) -> None:
         """Log-probabilities of the same place: whether this is the same model."""
