@@ -10,7 +10,6 @@ from torch import Tensor
 
 from abyssal.kernels.choice import native_for
 from abyssal.quant import entry
-from abyssal.quant.fp4 import fake_fp4
 
 
 def _encode(x: Tensor, key: bool, rope_dim: int, width: int | None) -> Tensor | None:
@@ -39,9 +38,3 @@ def pack_index_key(x: Tensor) -> Tensor:
     """Index keys [..., dim] as bytes [..., index_key_bytes]."""
     found = _encode(x, True, 0, entry.index_key_bytes(x.shape[-1]))
     return entry.pack_index_key(x) if found is None else found
-
-
-def fake_index_key(x: Tensor) -> Tensor:
-    """What packing and unpacking make of index keys [..., dim]; the gradient passes straight through."""
-    found = _encode(x, True, 0, None)
-    return fake_fp4(x) if found is None else found

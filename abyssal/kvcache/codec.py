@@ -8,7 +8,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from abyssal.kernels.entry import fake_entry, fake_index_key, pack_entry, pack_index_key
+from abyssal.kernels.entry import fake_entry, pack_entry, pack_index_key
+from abyssal.kernels.rounding import fake_fp4
 from abyssal.quant.entry import entry_bytes, index_key_bytes, unpack_entry, unpack_index_key
 from abyssal.quant.numerics import Mode
 
@@ -49,7 +50,7 @@ class Codec:
             return x
         if self.kind == "entry":
             return pack_entry(x, self.rope_dim) if self.mode == "packed" else fake_entry(x, self.rope_dim)
-        return pack_index_key(x) if self.mode == "packed" else fake_index_key(x)
+        return pack_index_key(x) if self.mode == "packed" else fake_fp4(x)
 
     def decode(self, stored: Tensor) -> Tensor:
         """Stored vectors [..., width] as values [..., dim]."""

@@ -226,6 +226,16 @@ class Batch:
         """The most blocks that a token sees."""
         return int(self.visible(ratio).max())
 
+    def note(self, ratio: int, chosen_TK: Tensor | None) -> None:
+        """Keep, if it is watched, what the last token of each span reads: chosen blocks, or all that it sees."""
+        if self.watched is None:
+            return
+        last = [span.first + span.length - 1 for span in self.spans]
+        if chosen_TK is None:
+            self.watched.append([np.arange(self.visible(ratio)[row]) for row in last])
+        else:
+            self.watched.append([chosen_TK[row][chosen_TK[row] >= 0].numpy() for row in last])
+
     @cached_property
     def table_GP(self) -> Tensor:
         """Page numbers of each span's sequence, filled up with zeros."""

@@ -124,14 +124,7 @@ class Indexer(nn.Module):
                     memory.per_page,
                     k,
                 )
-        if batch.watched is not None:
-            last = [span.first + span.length - 1 for span in batch.spans]
-            batch.watched.append(
-                [
-                    np.arange(visible[row]) if chosen is None else chosen[row][chosen[row] >= 0].numpy()
-                    for row in last
-                ]
-            )
+        batch.note(ratio, chosen)
         return chosen
 
     def queries(self, latent_TQ: Tensor, x_TD: Tensor, turn_T: Tensor) -> tuple[Tensor, Tensor]:

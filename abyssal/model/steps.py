@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from types import ModuleType
 from typing import Any, Protocol
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -212,8 +211,8 @@ class Steps:
         ring = memory.window
         near = batch.spans_G6, ring.data, ring.size, batch.table_GP
         self._attention(streams_TND.contiguous(), turn_T, *near, *far, out_TND)
-        if batch.watched is not None and memory.index is not None:
-            batch.watched.append(_noted(batch, ratio, chosen))
+        if memory.index is not None:
+            batch.note(ratio, chosen)
         return out_TND
 
     def moe(self, streams_TND: Tensor, ids_T: Tensor) -> Tensor | None:
@@ -223,11 +222,3 @@ class Steps:
         out_TND = torch.empty_like(streams_TND, memory_format=torch.contiguous_format)
         self._moe(streams_TND.contiguous(), ids_T, out_TND)
         return out_TND
-
-
-def _noted(batch: Batch, ratio: int, chosen_TK: Tensor | None) -> list[Any]:
-    """The blocks that the last token of each span reads."""
-    last = [span.first + span.length - 1 for span in batch.spans]
-    if chosen_TK is None:
-        return [np.arange(batch.visible(ratio)[row]) for row in last]
-    return [chosen_TK[row][chosen_TK[row] >= 0].numpy() for row in last]

@@ -14,20 +14,6 @@ inline std::uint8_t scale_byte(float scale) {
   return scale != scale ? std::uint8_t{255} : static_cast<std::uint8_t>(bits_of(scale) >> 23);
 }
 
-// The scale of a block; NaN if one of its values is NaN or infinite.
-template <class F>
-inline float scale_of(const float* x, std::int64_t count) {
-  float amax = 0.0f;
-  bool broken = false;
-  for (std::int64_t i = 0; i < count; ++i) {
-    const float size = of_bits(bits_of(x[i]) & 0x7fffffffu);
-    amax = size > amax ? size : amax;
-    broken |= x[i] != x[i];
-  }
-  if (broken) return __builtin_nanf("");
-  return power_of_two_above((amax < F::least_amax ? F::least_amax : amax) / F::largest);
-}
-
 // A number of the format as its code: above the smallest normal number a shifted float, below it a count of steps.
 template <class F>
 inline std::uint8_t code_of(float value) {

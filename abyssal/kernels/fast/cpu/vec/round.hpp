@@ -45,9 +45,9 @@ inline float nearest(float x) {
   return of_bits((cut < F::smallest ? small : large) | (bits & 0x80000000u));
 }
 
-// One block.
+// The scale of a block; NaN if one of its values is NaN or infinite.
 template <class F>
-inline void round_block(const float* x, float* y, std::int64_t count) {
+inline float scale_of(const float* x, std::int64_t count) {
   float amax = 0.0f;
   int broken = 0;
   for (std::int64_t i = 0; i < count; ++i) {
@@ -56,8 +56,14 @@ inline void round_block(const float* x, float* y, std::int64_t count) {
     broken |= x[i] != x[i];
   }
   const float floored = amax < F::least_amax ? F::least_amax : amax;
-  const float scale = power_of_two_above(floored / F::largest);
-  if (broken || scale != scale) {
+  return broken != 0 ? __builtin_nanf("") : power_of_two_above(floored / F::largest);
+}
+
+// One block.
+template <class F>
+inline void round_block(const float* x, float* y, std::int64_t count) {
+  const float scale = scale_of<F>(x, count);
+  if (scale != scale) {
     for (std::int64_t i = 0; i < count; ++i) y[i] = __builtin_nanf("");
     return;
   }
