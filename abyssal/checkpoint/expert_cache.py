@@ -179,9 +179,7 @@ class ExpertCache:
                 entry = self._entries.get(key)
                 if entry is not None and not entry.left:
                     if entry.error is not None:
-                        self._drop(key)
-                        for other in self._entries.values():
-                            other.wanted = False
+                        self._forget_failures()
                         raise entry.error
                     there[key] = entry.slot
             if there:
@@ -204,6 +202,15 @@ class ExpertCache:
 
     def _drop(self, key: Key) -> None:
         self._free.append(self._entries.pop(key).slot)
+
+    def _forget_failures(self) -> None:
+        """Let what is being read end: whoever asks after a failure gets a new reading, not an old error."""
+        while self._reading:
+            self._settle(wait=True)
+        for key, entry in list(self._entries.items()):
+            entry.wanted = False
+            if entry.error is not None:
+                self._drop(key)
 
     def _evict(self, wanted: bool) -> bool:
         """Drop what was used longest ago; whether there was something."""

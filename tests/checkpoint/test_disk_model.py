@@ -9,9 +9,11 @@ import random
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -207,6 +209,34 @@ def test_the_engine_gives_the_same_tokens(release: Path) -> None:
     for number, events in want.items():
         assert [(e.token, e.logprob, e.finish) for e in got[number]] == [(e.token, e.logprob, e.finish) for e in events]
     assert engine.expert_use is not None and engine.expert_use.hits and engine.expert_use.misses
+
+
+def test_a_failed_read_is_not_told_to_the_next_who_asks(
+    release: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "copy"
+    shutil.copytree(release, folder)
+    cache = ExpertCache(Release(folder), 4)
+    fetch = ExpertCache._fetch
+
+    def slow(self: ExpertCache, entry: Any, part: str, tensors: Any) -> None:  # the other expert's end comes late
+        if part == "w2" and entry.slot != first:
+            time.sleep(0.2)
+        fetch(self, entry, part, tensors)
+
+    monkeypatch.setattr(ExpertCache, "_fetch", slow)
+    first = cache._free[-1]
+    keys = [("layers.1.ffn.experts.", number) for number in (0, 1)]
+    shards = {file: file.read_bytes() for file in folder.glob("*.safetensors")}
+    for file in shards:
+        os.truncate(file, 100)
+    cache.expect(keys)
+    with pytest.raises(CheckpointError, match="safetensors ends"):
+        cache.arrived(keys[:1])
+    for file, data in shards.items():
+        file.write_bytes(data)
+    there = cache.arrived(keys[1:])
+    assert list(there) == keys[1:]
 
 
 @pytest.mark.parametrize("where", ["prompt", "answer", "drafts"])
