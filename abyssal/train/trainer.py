@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -104,6 +104,7 @@ class Trainer:
         model: unpacked, float32; its parameters record gradients but for the routers' bias.
         data: where the next sequences come from.
         rules: the numbers.
+        sources: what the data is made of, as JSON: a checkpoint of others is refused.
 
     Attributes:
         step_number: steps that are done.
@@ -112,8 +113,9 @@ class Trainer:
             last update chose, weights those of the current ones, so that router and experts do not drive each other.
     """
 
-    def __init__(self, model: Transformer, data: Mixture, rules: Rules):
+    def __init__(self, model: Transformer, data: Mixture, rules: Rules, sources: Mapping[str, Any] | None = None):
         self.model, self.data, self.rules = model, data, rules
+        self.sources = dict(sources or {})
         dtype = torch.bfloat16 if rules.bfloat16_muon else torch.float32
         self.optimiser = Optimiser(model, MuonRule(dtype=dtype), AdamWRule())
         self.spikes = SpikeWatch()
@@ -248,6 +250,7 @@ class Trainer:
             "step": self.step_number,
             "tokens": self.tokens,
             "rules": asdict(self.rules),
+            "sources": self.sources,
             "config": self.model.config.to_dict(),
             "data": self._place,
             "anticipating": self.anticipating,
@@ -265,10 +268,10 @@ class Trainer:
         """Go on where `saved` was taken.
 
         Raises:
-            ConfigError: it is of a run with other rules or another model.
+            ConfigError: it is of a run with other rules, other sources or another model.
         """
         mine = self.saved().state
-        for part in ("rules", "config"):
+        for part in ("rules", "config", "sources"):
             differing = _differences(mine[part], saved.state[part])
             if differing:
                 raise ConfigError(

@@ -34,6 +34,7 @@ class Mixture:
         split: training or held out.
         seed: another seed gives other examples.
         lengths: of retrieval examples in tokens.
+        questions: of retrieval examples, both ends included.
         filler: sentences of prose for retrieval.
     Raises:
         DataError: an unknown domain, a negative weight, or none above zero.
@@ -44,6 +45,7 @@ class Mixture:
     split: Split = "train"
     seed: int = 0
     lengths: tuple[int, int] = (256, 2048)
+    questions: tuple[int, int] = (1, 4)
     filler: Sequence[str] = field(default=(), repr=False)
 
     def __post_init__(self) -> None:
@@ -76,7 +78,9 @@ class Mixture:
     @cached_property
     def _makers(self) -> dict[str, Retrieval | Copying | ToolUse | Arithmetic | Chat]:
         return {
-            "retrieval": Retrieval(self.count, self.split, lengths=self.lengths, filler=self.filler),
+            "retrieval": Retrieval(
+                self.count, self.split, lengths=self.lengths, questions=self.questions, filler=self.filler
+            ),
             "copying": Copying(self.split),
             "tool_use": ToolUse(self.split),
             "arithmetic": Arithmetic(self.split),

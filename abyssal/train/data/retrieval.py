@@ -157,7 +157,7 @@ class Retrieval:
             raise ValueError(f"{length} tokens have no room for facts and a question: take at least {SMALLEST}")
         wanted = questions or int(rng.integers(self.questions[0], self.questions[1] + 1))
         facts = self._facts(rng, kind, length)
-        asked = self._asked(rng, facts, wanted, length)
+        asked = self._asked(rng, kind, facts, wanted, length)
         questions_text = [self._question(rng, kind, fact) for fact in asked]
         room = length - sum(
             self.count(q) + self.count(f.value) + TURN for q, f in zip(questions_text, asked, strict=True)
@@ -229,9 +229,9 @@ class Retrieval:
             return str(int(rng.integers(10 ** (digits - 1), 10**digits)))
         return f"{pick(rng, pool('things', self.split))}-{int(rng.integers(10, 1000))}"
 
-    def _asked(self, rng: np.random.Generator, facts: list[Fact], wanted: int, length: int) -> list[Fact]:
-        # a question and its fact cost about 40 tokens; at least half of the text stays prose
-        most = max(1, min(len(facts), length // 80))
+    def _asked(self, rng: np.random.Generator, kind: Kind, facts: list[Fact], wanted: int, length: int) -> list[Fact]:
+        # a question and its fact cost about 40 tokens; at least half of a text stays prose, and of a list lines
+        most = max(1, min(len(facts), length // (50 if kind == "key_value" else 80)))
         return pick_some(rng, facts, min(wanted, most))
 
     def _question(self, rng: np.random.Generator, kind: Kind, fact: Fact) -> str:

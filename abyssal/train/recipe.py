@@ -1,0 +1,276 @@
+"""Recipes: what a run trains, on what and how, as a TOML file.
+
+    [model]                        preset = "nano", and other values of config.json to change
+    [pretrain], [sft]              a stage: the fields of `Stage`; its rules are those of `trainer.Rules`
+    [pretrain.schedule]            the fields of `schedule.Schedule`
+    [pretrain.sources.NAME]        the fields of `SourceRecipe`
+
+The recipes that come with the package lie in `recipes/`.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+
+from abyssal.arch.config import ModelConfig
+from abyssal.arch.presets import preset
+from abyssal.base.errors import ConfigError, DataError
+from abyssal.encoding.tokenizer import Tokenizer
+from abyssal.model import Transformer
+from abyssal.model.init import initialise
+from abyssal.train import checkpoint
+from abyssal.train.data.bpe import load_tokenizer
+from abyssal.train.data.corpora import read_corpus
+from abyssal.train.data.mixture import Mixture as Generators
+from abyssal.train.data.retrieval import sentences_of
+from abyssal.train.data.token_file import TokenFile
+from abyssal.train.generated import Conversations, Learn, Passages
+from abyssal.train.order import Documents, Mixture, Source
+from abyssal.train.schedule import Schedule
+from abyssal.train.trainer import Rules, Trainer
+
+FOLDER = Path(__file__).parent / "recipes"
+STAGES = ("pretrain", "sft")
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class SourceRecipe:
+    """Where documents of one kind come from.
+
+    Attributes:
+        kind: a token file, generated running text, or generated conversations.
+        weight: share of the tokens, against the other sources.
+        length: tokens that a longer document is cut into.
+        file: name of the token file.
+        domains: weights of the generators.
+        lengths, questions: of generated retrieval, in tokens and how many, both ends included.
+        learn: of what is generated, every token or only answers.
+        seed: of order and generators.
+    """
+
+    kind: Literal["tokens", "passages", "conversations"]
+    weight: float
+    length: int = 4096
+    file: str = ""
+    domains: Mapping[str, float] = field(default_factory=dict)
+    lengths: tuple[int, int] = (256, 2048)
+    questions: tuple[int, int] = (1, 4)
+    learn: Learn = "answers"
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One run of a recipe.
+
+    Attributes:
+        rules: of the trainer.
+        sources: by name.
+        start: the stage whose last weights it begins with; none for fresh ones.
+        seed: of fresh weights.
+    """
+
+    rules: Rules
+    sources: Mapping[str, SourceRecipe]
+    start: str = ""
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A model and the stages that make it.
+
+    Attributes:
+        name: of the file.
+        model: its numbers.
+        stages: by name, of `STAGES`.
+    """
+
+    name: str
+    model: ModelConfig
+    stages: Mapping[str, Stage]
+
+    def stage(self, name: str) -> Stage:
+        """A stage by name.
+
+        Raises:
+            ConfigError: the recipe has none of this name.
+        """
+        if name not in self.stages:
+            raise ConfigError(f"recipe {self.name} has no [{name}]: it has {', '.join(self.stages)}")
+        return self.stages[name]
+
+
+def names() -> list[str]:
+    """Of the recipes that come with the package."""
+    return sorted(path.stem for path in FOLDER.glob("*.toml"))
+
+
+def read_recipe(name: str | Path, changes: Sequence[str] = ()) -> Recipe:
+    """Read a recipe.
+
+    Args:
+        name: of one that comes with the package, or a file.
+        changes: such as "pretrain.schedule.steps=100": values to put in place of the file's, in TOML's spelling.
+    Raises:
+        ConfigError: there is no such recipe, or it has an unknown key or a wrong value, which is named.
+    """
+    path = Path(name) if str(name).endswith(".toml") else FOLDER / f"{name}.toml"
+    try:
+        data = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"no recipe {name}: use {', '.join(names())}, or a file that ends in .toml") from None
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path} is no recipe: {error}") from None
+    for change in changes:
+        _apply(data, change)
+    if unknown := set(data) - {"model", *STAGES}:
+        known = ", ".join(("model", *STAGES))
+        raise ConfigError(f"recipe {path.stem}: unknown key {', '.join(sorted(unknown))}: use {known}")
+    model = _model(path.stem, data.get("model", {}))
+    stages = {name: _stage(f"{path.stem}: {name}", data[name]) for name in STAGES if name in data}
+    for stage in stages.values():
+        if stage.start and stage.start not in stages:
+            raise ConfigError(f"recipe {path.stem}: start = {stage.start!r} is none of its stages: {', '.join(stages)}")
+    return Recipe(path.stem, model, stages)
+
+
+def _apply(data: dict[str, Any], change: str) -> None:
+    key, given, value = change.partition("=")
+    *path, last = key.strip().split(".")
+    try:
+        parsed = tomllib.loads(f"value = {value}")["value"]
+    except tomllib.TOMLDecodeError:
+        parsed = value
+    if not given or not last:
+        raise ConfigError(f"cannot set {change!r}: write it as pretrain.schedule.steps=100")
+    for part in path:
+        data = data.setdefault(part, {})
+        if not isinstance(data, dict):
+            raise ConfigError(f"cannot set {change!r}: {part} is a value, not a table")
+    data[last] = parsed
+
+
+def _model(name: str, data: Mapping[str, Any]) -> ModelConfig:
+    changes = dict(data)
+    base = preset(changes.pop("preset", "nano"))
+    known = {f.name for f in fields(base)}
+    if unknown := set(changes) - known:
+        raise ConfigError(f"recipe {name}: model has no {', '.join(sorted(unknown))}")
+    for key, value in changes.items():
+        changes[key] = tuple(value) if isinstance(value, list) else value
+    return replace(base, **changes)
+
+
+def _stage(where: str, data: Mapping[str, Any]) -> Stage:
+    rest = dict(data)
+    sources = {
+        key: _made(SourceRecipe, table, f"{where}.sources.{key}") for key, table in rest.pop("sources", {}).items()
+    }
+    if not sources:
+        raise ConfigError(f"recipe {where} has no sources: add [{where.split(': ')[-1]}.sources.NAME]")
+    schedule = _made(Schedule, rest.pop("schedule", {}), f"{where}.schedule")
+    own: dict[str, Any] = {key: rest.pop(key) for key in ("start", "seed") if key in rest}
+    rules = _made(Rules, {**rest, "schedule": schedule}, where)
+    return _made(Stage, {**own, "rules": rules, "sources": sources}, where)
+
+
+def _made(cls: type[T], data: Mapping[str, Any], where: str) -> T:
+    """A dataclass from a table.
+
+    Raises:
+        ConfigError: a key is unknown or missing, or a value is of another type.
+    """
+    hints = get_type_hints(cls)
+    if unknown := set(data) - set(hints):
+        raise ConfigError(f"recipe {where}: unknown key {', '.join(sorted(unknown))}: use {', '.join(hints)}")
+    values = {key: _value(hints[key], value, f"{where}.{key}") for key, value in data.items()}
+    for f in fields(cls):  # type: ignore[arg-type]
+        if f.name not in values and f.default is MISSING and f.default_factory is MISSING:
+            raise ConfigError(f"recipe {where}: {f.name} is missing")
+    return cls(**values)
+
+
+def _value(hint: Any, value: Any, where: str) -> Any:
+    origin, wanted = get_origin(hint), get_args(hint)
+    if origin is Literal:
+        good = value in wanted
+    elif origin is tuple:
+        value = tuple(value) if isinstance(value, list) else value
+        good = isinstance(value, tuple) and len(value) == len(wanted)
+        if good:
+            value = tuple(_value(h, v, where) for h, v in zip(wanted, value, strict=True))
+    elif hint is float:
+        good = isinstance(value, int | float) and not isinstance(value, bool)
+        value = float(value) if good else value
+    elif isinstance(hint, type):
+        good = isinstance(value, hint) and (hint is bool or not isinstance(value, bool))
+    elif int in wanted:  # int | None
+        good = value is None or (isinstance(value, int) and not isinstance(value, bool))
+    else:
+        good = isinstance(value, Mapping)
+    if not good:
+        raise ConfigError(f"recipe {where} is {value!r}: give {getattr(hint, '__name__', hint)}")
+    return value
+
+
+def trainer_of(recipe: Recipe, stage: str, data: Path, start: Path | None = None) -> Trainer:
+    """The trainer of a stage, at its beginning.
+
+    Args:
+        recipe: the recipe.
+        stage: name of one of its stages.
+        data: folder that `data.prepare` filled.
+        start: run folder of the stage before, if this one has one.
+    Raises:
+        ConfigError: no such stage, or it needs `start`, or the weights there are of another model.
+        DataError: data is missing.
+        CheckpointError: `start` has no whole checkpoint.
+    """
+    told = recipe.stage(stage)
+    model = initialise(Transformer(recipe.model), told.seed)
+    if told.start:
+        folder = checkpoint.latest(start) if start is not None else None
+        if folder is None:
+            raise ConfigError(f"stage {stage} begins with the weights of {told.start}, of which {start} has none")
+        saved = checkpoint.load(folder)
+        if saved.state["config"] != recipe.model.to_dict():
+            raise ConfigError(f"{folder} holds another model than recipe {recipe.name}: give its {told.start}")
+        model.load_state_dict(dict(saved.model))
+    sources = {name: _source(source, data, recipe.model.vocab_size) for name, source in told.sources.items()}
+    mixture = Mixture(sources, {name: source.weight for name, source in told.sources.items()})
+    return Trainer(model, mixture, told.rules, {name: asdict(source) for name, source in told.sources.items()})
+
+
+def _source(told: SourceRecipe, data: Path, vocab_size: int) -> Source:
+    tokenizer = Tokenizer(data)
+    if tokenizer.vocab_size != vocab_size:
+        found = tokenizer.vocab_size
+        raise DataError(f"{data} has a tokenizer of {found} ids, the model {vocab_size}: prepare it again")
+    documents: Documents
+    if told.kind == "tokens":
+        documents = TokenFile(data / told.file)
+    else:
+        filler = _filler(data) if told.domains.get("retrieval") else ()
+        mixture = Generators(
+            lambda text: len(tokenizer.encode(text)),
+            told.domains,
+            seed=told.seed,
+            lengths=told.lengths,
+            questions=told.questions,
+            filler=filler,
+        )
+        if told.kind == "passages":
+            documents = Passages(mixture, load_tokenizer(data)[0], told.learn)
+        else:
+            documents = Conversations(mixture, tokenizer, told.learn)
+    return Source(documents, told.seed, told.length)
+
+
+def _filler(data: Path) -> list[str]:
+    return [sentence for text in read_corpus(data / "corpus", "prose") for sentence in sentences_of(text)]
