@@ -87,14 +87,16 @@ def balance_loss(logits_TE: Tensor, chosen_TK: Tensor, lengths: Sequence[int]) -
     return (loads_SE * means_SE).sum()
 
 
-def attention_shares(seen: Attended, part: slice, entries: Tensor, read_QB: Tensor) -> Tensor:
-    """How the queries of a layer spread over blocks: summed over heads, [Q, B], summing to 1.
+def attention_shares(seen: Attended, part: slice, entries: Tensor, read_QB: Tensor) -> tuple[Tensor, Tensor]:
+    """How the queries of a layer spread over blocks, and over the sink.
 
     Args:
         seen: what the layer read.
         part: rows of neighbouring queries of one sequence.
         entries: blocks that all of them may read [B, C], or some for each [Q, B, C]; all that they read among them.
         read_QB: which of these they read.
+    Returns:
+        shares of the blocks, summed over heads, [Q, B], summing to 1; the sink's of each head, [Q, H].
     """
     q_QHC = wide(seen.q_THC[part]) * seen.scale
     near_QWC = wide(seen.near_KC)[seen.index_TW[part]]
@@ -104,7 +106,8 @@ def attention_shares(seen: Attended, part: slice, entries: Tensor, read_QB: Tens
     sink_QH1 = wide(seen.sink_H).expand(len(q_QHC), -1).unsqueeze(-1)
     shares_QHA = torch.cat([far_QHB, near_QHW, sink_QH1], dim=-1).softmax(-1)
     shares_QB = shares_QHA[..., : far_QHB.shape[-1]].sum(1)
-    return shares_QB / shares_QB.sum(-1, keepdim=True).clamp(min=torch.finfo(shares_QB.dtype).tiny)
+    tiny = torch.finfo(shares_QB.dtype).tiny
+    return shares_QB / shares_QB.sum(-1, keepdim=True).clamp(min=tiny), shares_QHA[..., -1]
 
 
 def index_scores(q_QIJ: Tensor, weights_QI: Tensor, keys: Tensor) -> Tensor:
@@ -151,7 +154,7 @@ def index_loss(seen: Attended, queries: int = QUERIES, sparse: int = SPARSE) -> 
             keys = keys.index_select(0, some_QB.flatten()).unflatten(0, some_QB.shape)
             read_QB = read_QB.gather(1, some_QB)
         with torch.no_grad():
-            target_QB = attention_shares(seen, part, entries, read_QB)
+            target_QB, _ = attention_shares(seen, part, entries, read_QB)
         scores_QB = index_scores(q[number], weights[number], keys)
         # a finite number for what is not read: rows that read nothing keep a gradient of zero, not NaN
         hidden = torch.finfo(scores_QB.dtype).min / 4

@@ -18,6 +18,7 @@ from abyssal.model.moe import Gate
 from abyssal.train.adamw import AdamWRule
 from abyssal.train.balance import max_violation, move_bias
 from abyssal.train.checkpoint import Saved
+from abyssal.train.gauges import Gauges
 from abyssal.train.losses import cross_entropy, reading_queries
 from abyssal.train.muon import MuonRule
 from abyssal.train.optimiser import Optimiser, Rates
@@ -152,7 +153,7 @@ class Trainer:
         with clock("data"):
             work = self._ahead or [(packed, {}) for packed in self._packs(step)]
             self._ahead, self._place = [], self.data.state_dict()
-        losses, loads = self._learn(work, clock)
+        losses, loads, gauges = self._learn(work, clock)
         if self.anticipating:
             self.anticipating -= 1
         if self.anticipating:
@@ -183,6 +184,8 @@ class Trainer:
             "update_rms": updates,
             "param_norm": float(torch.stack(squares).sum().sqrt()),
             "max_violation": {name: max_violation(load_E) for name, load_E in loads.items()},
+            "index_recall": gauges.recall,
+            "sink_mass": gauges.sink_mass,
             "verdict": verdict.value,
             "tokens_per_s": tokens / sum(clock.seconds.values()),
             "seconds": clock.seconds,
@@ -205,8 +208,8 @@ class Trainer:
 
     def _learn(
         self, work: Sequence[tuple[Pack, Choices]], clock: _Clock
-    ) -> tuple[dict[str, float], dict[str, Tensor]]:
-        """Gradients of all passes; the losses' means over the step, and the load of every expert."""
+    ) -> tuple[dict[str, float], dict[str, Tensor], Gauges]:
+        """Gradients of all passes; the losses' means over the step, the load of every expert, what CSA layers read."""
         r, step = self.rules, self.step_number
         packs = [packed for packed, _ in work]
         targets = max(sum(int(packed.learned_T.sum()) for packed in packs), 1)
@@ -217,12 +220,13 @@ class Trainer:
         sequences = max(routers * sum(map(len, balanced)), 1)
         totals = dict.fromkeys(("loss", "mtp_loss", "balance_loss", "index_loss"), 0.0)
         loads: dict[str, Tensor] = {}
+        gauges = Gauges(CSA, r.topk or self.model.config.index_topk)
         names = {gate: name for name, gate in self._gates.items()}
         with quantised(self.model, r.schedule.formats(step)):
             for (packed, choices), lengths in zip(work, balanced, strict=True):
                 given: dict[nn.Module, Tensor] = {self._gates[name]: chosen for name, chosen in choices.items()}
                 topk = self._topk(packed)
-                watch = Watch(lengths, topk=topk, attention=bool(self._csa_layers), choices=given)
+                watch = Watch(lengths, topk=topk, attention=bool(self._csa_layers), choices=given, gauges=gauges)
                 with clock("forward"):
                     out, batch = packed.run(self.model, watch)
                     head = self.model.head.weight
@@ -242,7 +246,7 @@ class Trainer:
                 for gate, load_E in watch.loads.items():
                     name = names[gate]
                     loads[name] = loads[name] + load_E if name in loads else load_E
-        return totals, loads
+        return totals, loads, gauges
 
     def saved(self) -> Saved:
         """All of the trainer's state; tensors are not copied."""

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from abyssal.model.moe import Gate
 from abyssal.model.recorder import Attended, Recorder
+from abyssal.train.gauges import Gauges
 from abyssal.train.losses import balance_loss, index_loss
 
 
@@ -20,6 +21,7 @@ class Watch(Recorder):
         topk: blocks that a CSA query reads at most; None for the configured number.
         attention: collect the indexers' losses.
         choices: expert numbers [T, K] for some routers to take in place of their own choice.
+        gauges: to be shown what CSA layers read.
 
     Attributes:
         loads: of each router that chooses by score, tokens that each expert got, [E].
@@ -35,6 +37,7 @@ class Watch(Recorder):
         topk: int | None = None,
         attention: bool = False,
         choices: Mapping[nn.Module, Tensor] | None = None,
+        gauges: Gauges | None = None,
     ):
         self.topk = topk
         self.watches_attention = attention
@@ -42,6 +45,7 @@ class Watch(Recorder):
         self.chosen: dict[nn.Module, Tensor] = {}
         self.balance = torch.zeros(())
         self.index = torch.zeros(())
+        self._gauges = gauges
         self._lengths = lengths
         self._choices = choices or {}
 
@@ -58,3 +62,5 @@ class Watch(Recorder):
 
     def attended(self, layer: nn.Module, seen: Attended) -> None:
         self.index = self.index + index_loss(seen)
+        if self._gauges is not None:
+            self._gauges.add(seen)

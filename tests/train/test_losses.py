@@ -135,7 +135,7 @@ def scores_of(seen: Attended, part: slice, sequence: int) -> torch.Tensor:
 
 
 def shares_of(seen: Attended, part: slice, sequence: int) -> torch.Tensor:
-    return attention_shares(seen, part, seen.blocks_GBC[sequence], seen.read_TB[part])
+    return attention_shares(seen, part, seen.blocks_GBC[sequence], seen.read_TB[part])[0]
 
 
 def seen_by(model: Transformer, lengths: list[int], topk: int | None = None) -> list[Attended]:

@@ -51,7 +51,7 @@ def test_the_loss_of_a_step_is_numpys() -> None:
 
 def gradients(packs: list[Pack]) -> tuple[dict[str, float], dict[str, torch.Tensor]]:
     tiny = trainer(replace(RULES, length=1))
-    losses, _ = tiny._learn([(packed, {}) for packed in packs], _Clock())
+    losses, _, _ = tiny._learn([(packed, {}) for packed in packs], _Clock())
     return losses, {n: p.grad for n, p in tiny.model.named_parameters() if p.grad is not None}
 
 
