@@ -21,6 +21,7 @@ from abyssal.cli.inspect import inspect
 from abyssal.cli.logits import logits
 from abyssal.cli.make_release import make_release
 from abyssal.cli.serve import serve
+from abyssal.cli.train import train
 
 app = typer.Typer(
     help="DeepSeek-V4 in Python: run, read and convert its models.",
@@ -31,6 +32,7 @@ app = typer.Typer(
 for verb in (inspect, generate, chat, serve, logits, encode, parse, make_release, convert, doctor):
     app.command()(verb)
 app.add_typer(cache, name="cache")
+app.add_typer(train, name="train")
 
 
 def _version(show: bool) -> None:

@@ -19,6 +19,7 @@ from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 from abyssal.arch.config import ModelConfig
 from abyssal.arch.presets import preset
 from abyssal.base.errors import ConfigError, DataError
+from abyssal.base.files import sha256_of
 from abyssal.encoding.tokenizer import Tokenizer
 from abyssal.model import Transformer
 from abyssal.model.init import initialise
@@ -244,7 +245,17 @@ def trainer_of(recipe: Recipe, stage: str, data: Path, start: Path | None = None
         model.load_state_dict(dict(saved.model))
     sources = {name: _source(source, data, recipe.model.vocab_size) for name, source in told.sources.items()}
     mixture = Mixture(sources, {name: source.weight for name, source in told.sources.items()})
-    return Trainer(model, mixture, told.rules, {name: asdict(source) for name, source in told.sources.items()})
+    about = {name: asdict(source) | _digests(source, data) for name, source in told.sources.items()}
+    return Trainer(model, mixture, told.rules, about)
+
+
+def _digests(told: SourceRecipe, data: Path) -> dict[str, Any]:
+    """What a checkpoint remembers of files, so that a run does not go on with others."""
+    tokenizer = {"tokenizer_sha256": sha256_of(data / "tokenizer.json")}
+    if told.kind != "tokens":
+        return tokenizer
+    manifest = TokenFile(data / told.file).manifest
+    return tokenizer | {key: manifest[key] for key in ("documents", "tokens", "bin_sha256", "licence")}
 
 
 def _source(told: SourceRecipe, data: Path, vocab_size: int) -> Source:

@@ -1,0 +1,165 @@
+"""`abyssal train`: data, stages of a recipe, exports, reports."""
+
+from __future__ import annotations
+
+import sys
+import time
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Annotated, Any, cast
+
+import typer
+
+from abyssal.cli.models import home
+
+LINE_SECONDS = 10.0  # between lines of progress where stderr is no terminal
+
+train = typer.Typer(help="Train models: data, pre-training, SFT, exports, reports.", no_args_is_help=True)
+
+Recipe = Annotated[str, typer.Option(help="nano, test, or a file that ends in .toml.")]
+Data = Annotated[Path | None, typer.Option(help="Folder that `train data` filled; default below ABYSSAL_HOME.")]
+Run = Annotated[Path | None, typer.Option(help="Folder of the run; an unfinished one goes on.")]
+Changes = Annotated[list[str] | None, typer.Option("--set", help="Change the recipe: pretrain.schedule.steps=100.")]
+Threads = Annotated[int | None, typer.Option(min=1, help="Of the processor; a resumed run needs the same number.")]
+Track = Annotated[list[str] | None, typer.Option(help="Also send the metrics to tensorboard or wandb.")]
+
+
+@train.command()
+def data(
+    out: Annotated[Path | None, typer.Option(help="The folder to fill; default below ABYSSAL_HOME.")] = None,
+    debian: Annotated[bool, typer.Option(help="Also fetch prose from Debian packages, with apt-get.")] = True,
+) -> None:
+    """Build corpus, tokenizer and token files from packages: those of Python, and Debian's."""
+    from abyssal.train.data.corpora import DEBIAN, DEFAULT, fetch
+    from abyssal.train.data.prepare import prepare
+
+    folder = out or _data_folder()
+    sources = list(DEFAULT)
+    if debian:
+        print("fetching packages", file=sys.stderr)
+        fetch(DEBIAN, folder / "packages")
+        sources += DEBIAN
+    print("reading texts, learning the tokenizer", file=sys.stderr)
+    made = prepare(folder, sources, packages=folder / "packages" if debian else None)
+    for name, manifest in made["files"].items():
+        print(f"{folder / name}.bin: {manifest['documents']:,} documents, {manifest['tokens']:,} tokens")
+
+
+@train.command()
+def pretrain(
+    recipe: Recipe = "nano",
+    data: Data = None,
+    run: Run = None,
+    changes: Changes = None,
+    threads: Threads = None,
+    track: Track = None,
+) -> None:
+    """Train a recipe's model from nothing, or go on with it."""
+    _stage(recipe, "pretrain", data, run, None, changes, threads, track)
+
+
+@train.command()
+def sft(
+    recipe: Recipe = "nano",
+    data: Data = None,
+    run: Run = None,
+    start: Annotated[Path | None, typer.Option(help="Run that it begins with; default the one of the recipe.")] = None,
+    changes: Changes = None,
+    threads: Threads = None,
+    track: Track = None,
+) -> None:
+    """Train on conversations, from where pre-training ended."""
+    _stage(recipe, "sft", data, run, start, changes, threads, track)
+
+
+@train.command()
+def export(
+    run: Annotated[Path, typer.Argument(help="Folder of a run.")],
+    out: Annotated[Path, typer.Option(help="The release folder to write.")],
+    layout: Annotated[str, typer.Option(help="flash, base, bf16 or fp32.")] = "flash",
+) -> None:
+    """Write a run's last weights as a release, with the tokenizer of its data."""
+    from abyssal.arch.tensors import Layout
+    from abyssal.train.export import export as write
+
+    name = write(run, out, cast("Layout", layout))
+    print(f"{name} of {run} -> {out}: {sum(file.stat().st_size for file in out.iterdir()) / 1e6:.1f} MB")
+
+
+@train.command()
+def report(run: Annotated[Path, typer.Argument(help="Folder of a run, finished or not.")]) -> None:
+    """Write a run's report card: report.md, and report.html for a browser."""
+    from abyssal.train.report import write_report
+
+    print(write_report(run))
+
+
+def _data_folder() -> Path:
+    return home() / "train" / "data"
+
+
+def _stage(
+    recipe: str,
+    stage: str,
+    data: Path | None,
+    run: Path | None,
+    start: Path | None,
+    changes: list[str] | None,
+    threads: int | None,
+    track: list[str] | None,
+) -> None:
+    import torch
+
+    from abyssal.train.export import keep_tokenizer
+    from abyssal.train.recipe import read_recipe, trainer_of
+    from abyssal.train.report import write_report
+    from abyssal.train.run import run as train_on
+    from abyssal.train.sinks import sink
+
+    if threads is not None:
+        torch.set_num_threads(threads)
+    told = read_recipe(recipe, changes or ())
+    runs = home() / "train" / "runs" / told.name
+    folder, data = run or runs / stage, data or _data_folder()
+    before = start or runs / told.stage(stage).start if told.stage(stage).start else None
+    trainer = trainer_of(told, stage, data, before)
+    folder.mkdir(parents=True, exist_ok=True)
+    keep_tokenizer(data, folder)
+    with ExitStack() as open_sinks:
+        shows = [open_sinks.enter_context(sink(name, folder, trainer.saved().state)) for name in track or ()]
+        shows.append(_Progress(told.stage(stage).rules.schedule.steps).show)
+
+        def show(line: dict[str, Any]) -> None:
+            for each in shows:
+                each(line)
+
+        ended = train_on(trainer, folder, show=show)
+    page = write_report(folder)
+    print(f"{'finished' if ended else 'stopped, and saved'}: step {trainer.step_number:,}; report: {page}")
+
+
+class _Progress:
+    """A line about the newest step on stderr: in place on a terminal, else now and then."""
+
+    def __init__(self, steps: int):
+        self.steps = steps
+        self._terminal = sys.stderr.isatty()
+        self._shown = 0.0
+        self._rate = 0.0  # seconds of a step, of late
+
+    def show(self, line: dict[str, Any]) -> None:
+        seconds = sum(line["seconds"].values())
+        self._rate = 0.9 * self._rate + 0.1 * seconds if self._rate else seconds
+        now, last = time.monotonic(), line["step"] == self.steps
+        if not (self._terminal or last or now - self._shown >= LINE_SECONDS):
+            return
+        self._shown = now
+        left = int((self.steps - line["step"]) * self._rate)
+        text = (
+            f"step {line['step']:,}/{self.steps:,}  {line['tokens']:,} tokens  loss {line['loss']:.4f}"
+            f"  {line['tokens_per_s']:,.0f} tokens/s  {left // 3600}:{left // 60 % 60:02}:{left % 60:02} left"
+        )
+        if line["verdict"] != "apply":
+            text += f"  {line['verdict']}"
+        end = "\n" if not self._terminal or last else ""
+        print(f"\r{text}\x1b[K" if self._terminal else text, end=end, file=sys.stderr, flush=True)
