@@ -8,7 +8,9 @@ from abyssal.model.transformer import Transformer
 
 
 @torch.no_grad()
-def initialise(model: Transformer, seed: int, mixing: float = 3.0) -> Transformer:
+def initialise(
+    model: Transformer, seed: int, mixing: float = 3.0, embedding_std: float | None = None
+) -> Transformer:
     """Fill a model with its starting values, in place.
 
     Matrices are normal with `initializer_range`; those that write into the residual streams (wo_b, w2) are
@@ -20,6 +22,8 @@ def initialise(model: Transformer, seed: int, mixing: float = 3.0) -> Transforme
         model: a model on a real device.
         seed: of the generator; equal seeds give equal models.
         mixing: logit that favours a stream's own row in the starting mix.
+        embedding_std: of the embedding in place of `initializer_range`. Blocks soon write values near 1 into the
+            streams; beside them a small embedding of a rare token is not seen before long training.
     """
     c = model.config
     N = c.hc_mult
@@ -39,6 +43,8 @@ def initialise(model: Transformer, seed: int, mixing: float = 3.0) -> Transforme
                     p[2 * N :] = mixing * torch.eye(N).flatten()
         elif p.dim() >= 2 and leaf != "ape":
             std = c.initializer_range
+            if name == "embed.weight" and embedding_std is not None:
+                std = embedding_std
             if name.endswith(("wo_b.weight", "experts.w2", "w2.weight")):
                 std *= residual
             p.normal_(0.0, std, generator=generator)

@@ -43,11 +43,12 @@ class AdamW:
         self.steps = {name: torch.zeros((), dtype=torch.int64) for name in self.params}
 
     @torch.no_grad()
-    def step(self, rate: float) -> float:
+    def step(self, rate: float, own: Mapping[str, float] | None = None) -> float:
         """Update every parameter that has a gradient.
 
         Args:
             rate: learning rate.
+            own: rates of parameters that have another one.
         Returns:
             root mean square of the update before the rate, over all values updated; 0 without any.
         """
@@ -56,6 +57,7 @@ class AdamW:
         for name, p in self.params.items():
             if p.grad is None:
                 continue
+            speed = (own or {}).get(name, rate)
             grad = wide(p.grad)
             self.steps[name] += 1
             done = int(self.steps[name])
@@ -63,7 +65,7 @@ class AdamW:
             second = self.second[name].mul_(two).addcmul_(grad, grad, value=1 - two)
             root = second.sqrt().div_((1 - two**done) ** 0.5).add_(self.rule.eps)
             update = first.div(root).div_(1 - one**done)
-            p.mul_(1 - rate * self.rule.decay).sub_(update, alpha=rate)
+            p.mul_(1 - speed * self.rule.decay).sub_(update, alpha=speed)
             squares += float(update.square().sum())
             count += update.numel()
         return (squares / max(count, 1)) ** 0.5

@@ -50,10 +50,16 @@ def parts_of(model: nn.Module) -> dict[str, int]:
 
 @dataclass(frozen=True)
 class Rates:
-    """Learning rates of a step."""
+    """Learning rates of a step.
+
+    Attributes:
+        muon, adamw: of the parameters of each.
+        embedding: of the embedding; None for AdamW's.
+    """
 
     muon: float
     adamw: float
+    embedding: float | None = None
 
 
 class Optimiser:
@@ -80,7 +86,8 @@ class Optimiser:
 
     def step(self, rates: Rates) -> dict[str, float]:
         """One update; root mean squares of the updates before the rates, by optimiser."""
-        return {"muon": self.muon.step(rates.muon), "adamw": self.adamw.step(rates.adamw)}
+        own = {} if rates.embedding is None else {"embed.weight": rates.embedding}
+        return {"muon": self.muon.step(rates.muon), "adamw": self.adamw.step(rates.adamw, own)}
 
     def state_dict(self) -> dict[str, Tensor]:
         """All buffers, named like the parameters; they are not copied."""

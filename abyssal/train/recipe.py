@@ -74,12 +74,14 @@ class Stage:
         sources: by name.
         start: the stage whose last weights it begins with; none for fresh ones.
         seed: of fresh weights.
+        embedding_std: of a fresh embedding; None for the model's `initializer_range`.
     """
 
     rules: Rules
     sources: Mapping[str, SourceRecipe]
     start: str = ""
     seed: int = 0
+    embedding_std: float | None = None
 
 
 @dataclass(frozen=True)
@@ -176,7 +178,7 @@ def _stage(where: str, data: Mapping[str, Any]) -> Stage:
     if not sources:
         raise ConfigError(f"recipe {where} has no sources: add [{where.split(': ')[-1]}.sources.NAME]")
     schedule = _made(Schedule, rest.pop("schedule", {}), f"{where}.schedule")
-    own: dict[str, Any] = {key: rest.pop(key) for key in ("start", "seed") if key in rest}
+    own: dict[str, Any] = {key: rest.pop(key) for key in ("start", "seed", "embedding_std") if key in rest}
     rules = _made(Rules, {**rest, "schedule": schedule}, where)
     return _made(Stage, {**own, "rules": rules, "sources": sources}, where)
 
@@ -211,8 +213,8 @@ def _value(hint: Any, value: Any, where: str) -> Any:
         value = float(value) if good else value
     elif isinstance(hint, type):
         good = isinstance(value, hint) and (hint is bool or not isinstance(value, bool))
-    elif int in wanted:  # int | None
-        good = value is None or (isinstance(value, int) and not isinstance(value, bool))
+    elif type(None) in wanted:
+        return None if value is None else _value(wanted[0], value, where)
     else:
         good = isinstance(value, Mapping)
     if not good:
@@ -234,7 +236,7 @@ def trainer_of(recipe: Recipe, stage: str, data: Path, start: Path | None = None
         CheckpointError: `start` has no whole checkpoint.
     """
     told = recipe.stage(stage)
-    model = initialise(Transformer(recipe.model), told.seed)
+    model = initialise(Transformer(recipe.model), told.seed, embedding_std=told.embedding_std)
     if told.start:
         folder = checkpoint.latest(start) if start is not None else None
         if folder is None:

@@ -44,6 +44,8 @@ class Rules:
         passes: of a step; their gradients add up.
         length: tokens of a sequence over which experts are balanced; neighbours are joined up to it.
         muon, adamw: peak learning rates.
+        embedding: that of the embedding; None for AdamW's. Rows of rare tokens are seldom touched, so that a short
+            run needs a higher one.
         clip: largest norm of the gradient, of the model and of its indexers each.
         index: weight of the indexers' loss.
         balance: weight of the balance loss.
@@ -60,6 +62,7 @@ class Rules:
     length: int = 1024
     muon: float = 0.006
     adamw: float = 0.003
+    embedding: float | None = None
     clip: float = 1.0
     index: float = 0.5
     balance: float = 1e-4
@@ -166,7 +169,8 @@ class Trainer:
             factor = r.schedule.rate(step)
             updates = {"muon": 0.0, "adamw": 0.0}
             if verdict is Verdict.APPLY:
-                updates = self.optimiser.step(Rates(r.muon * factor, r.adamw * factor))
+                own = None if r.embedding is None else r.embedding * factor
+                updates = self.optimiser.step(Rates(r.muon * factor, r.adamw * factor, own))
                 for name, load_E in loads.items():
                     move_bias(self._gates[name], load_E, r.schedule.bias_step(step))
             self.model.zero_grad()

@@ -72,7 +72,8 @@ def test_thinking_with_tools_is_one_sample_with_results_as_context() -> None:
     ]  # fmt: skip
     (sample,) = samples_of(Example(messages, "tool_use", "think-high", [TOOL]), TOKENIZER)
     call, answer, last = learnt(sample)
-    assert call.startswith("I call.</think>\n\n<｜DSML｜tool_calls>") and call.endswith("</｜DSML｜tool_calls><｜end▁of▁sentence｜>")
+    assert call.startswith("I call.</think>\n\n<｜DSML｜tool_calls>")
+    assert call.endswith("</｜DSML｜tool_calls><｜end▁of▁sentence｜>")
     assert answer == "It worked.</think>Seen.<｜end▁of▁sentence｜>"
     assert last == "Polite.</think>Welcome.<｜end▁of▁sentence｜>"
     assert "tool_result" in text(sample.ids.tolist())

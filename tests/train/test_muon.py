@@ -143,6 +143,22 @@ def test_a_vector_is_refused() -> None:
         Muon({"w": nn.Parameter(torch.zeros(5, 4))}, {"w": 2})
 
 
+def test_a_parameter_may_have_a_rate_of_its_own() -> None:
+    def after(rate: float, own: dict[str, float]) -> dict[str, torch.Tensor]:
+        params = {name: nn.Parameter(torch.arange(4.0)) for name in "ab"}
+        adamw = AdamW(params)
+        for step in range(3):
+            for p in params.values():
+                p.grad = torch.tensor([1.0, -2.0, 0.5, step])
+            adamw.step(rate, own)
+        return {name: p.detach() for name, p in params.items()}
+
+    mixed, slow, fast = after(0.1, {"b": 0.3}), after(0.1, {}), after(0.3, {})
+    assert torch.equal(mixed["a"], slow["a"])
+    assert torch.equal(mixed["b"], fast["b"])
+    assert not torch.equal(slow["b"], fast["b"])
+
+
 def test_adamw_is_torchs() -> None:
     generator = torch.Generator().manual_seed(0)
     start = torch.randn(7, 9, generator=generator, dtype=torch.float64)

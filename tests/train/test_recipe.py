@@ -127,7 +127,7 @@ def test_what_a_recipe_says_wrongly_is_named(recipe: Path, change: str, named: s
 
 
 def test_recipes_that_are_not_there(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="no recipe giant: use .*nano"):
+    with pytest.raises(ConfigError, match=r"no recipe giant: use .*nano"):
         read_recipe("giant")
     (tmp_path / "bad.toml").write_text("[model", encoding="utf-8")
     with pytest.raises(ConfigError, match=r"bad\.toml is no recipe"):
