@@ -5,12 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
 import tokenizers
 
 from abyssal.encoding.tokenizer import Tokenizer
 from abyssal.train.conversations import samples_of
 from abyssal.train.data.bpe import tokenised_passage
 from abyssal.train.data.mixture import Mixture
+from abyssal.train.data.pairs import Pairs
 from abyssal.train.packing import Sample
 
 DOCUMENTS = 1 << 20  # of an epoch
@@ -61,3 +63,17 @@ class Conversations:
         samples = samples_of(self.mixture.example(number), self.tokenizer)
         sample = samples[number % len(samples)]
         return sample if self.learn == "answers" else Sample(sample.ids)
+
+
+@dataclass(frozen=True)
+class Lookups:
+    """Sequences of pairs, of which only the answers are to be learnt."""
+
+    pairs: Pairs
+    seed: int
+
+    def __len__(self) -> int:
+        return DOCUMENTS
+
+    def __getitem__(self, number: int) -> Sample:
+        return Sample(*self.pairs.generate(np.random.default_rng((self.seed, number))))

@@ -27,9 +27,10 @@ from abyssal.train import checkpoint
 from abyssal.train.data.bpe import load_tokenizer
 from abyssal.train.data.corpora import read_corpus
 from abyssal.train.data.mixture import Mixture as Generators
+from abyssal.train.data.pairs import Pairs
 from abyssal.train.data.retrieval import sentences_of
 from abyssal.train.data.token_file import TokenFile
-from abyssal.train.generated import Conversations, Learn, Passages
+from abyssal.train.generated import Conversations, Learn, Lookups, Passages
 from abyssal.train.order import Documents, Mixture, Source
 from abyssal.train.schedule import Schedule
 from abyssal.train.trainer import Rules, Trainer
@@ -44,23 +45,26 @@ class SourceRecipe:
     """Where documents of one kind come from.
 
     Attributes:
-        kind: a token file, generated running text, or generated conversations.
+        kind: a token file, generated running text, generated conversations, or pairs of plain ids.
         weight: share of the tokens, against the other sources.
         length: tokens that a longer document is cut into.
         file: name of the token file.
         domains: weights of the generators.
-        lengths, questions: of generated retrieval, in tokens and how many, both ends included.
+        lengths, questions: of generated retrieval, in tokens and how many, both ends included; lengths also of pairs.
+        ids, roles: of pairs, see `data.pairs`; by default all ids of the model.
         learn: of what is generated, every token or only answers.
         seed: of order and generators.
     """
 
-    kind: Literal["tokens", "passages", "conversations"]
+    kind: Literal["tokens", "passages", "conversations", "pairs"]
     weight: float
     length: int = 4096
     file: str = ""
     domains: Mapping[str, float] = field(default_factory=dict)
     lengths: tuple[int, int] = (256, 2048)
     questions: tuple[int, int] = (1, 4)
+    ids: tuple[int, int] | None = None
+    roles: Literal["fixed", "drawn"] = "drawn"
     learn: Learn = "answers"
     seed: int = 0
 
@@ -253,6 +257,8 @@ def trainer_of(recipe: Recipe, stage: str, data: Path, start: Path | None = None
 
 def _digests(told: SourceRecipe, data: Path) -> dict[str, Any]:
     """What a checkpoint remembers of files, so that a run does not go on with others."""
+    if told.kind == "pairs":
+        return {}
     tokenizer = {"tokenizer_sha256": sha256_of(data / "tokenizer.json")}
     if told.kind != "tokens":
         return tokenizer
@@ -261,6 +267,9 @@ def _digests(told: SourceRecipe, data: Path) -> dict[str, Any]:
 
 
 def _source(told: SourceRecipe, data: Path, vocab_size: int) -> Source:
+    if told.kind == "pairs":
+        pairs = Pairs(told.ids or (0, vocab_size), told.roles, told.lengths)
+        return Source(Lookups(pairs, told.seed), told.seed, told.length)
     tokenizer = Tokenizer(data)
     if tokenizer.vocab_size != vocab_size:
         found = tokenizer.vocab_size
