@@ -75,11 +75,13 @@ class Pairs:
         """
         free = length - 2 * count - 2 * asked
         if not 0 < count <= self.most or asked < 1 or free < 0:
-            raise ConfigError(f"{count} pairs and {asked} questions do not fit into {length} tokens of {self.ids} ids")
+            where = f"{length} tokens of ids {self.ids[0]} to {self.ids[1]}"
+            raise ConfigError(f"{count} pairs and {asked} questions do not fit into {where}")
         first, end = self.ids
         many = (end - first) // 4  # values, and filler
         order = first + (rng.permutation(end - first) if self.roles == "drawn" else np.arange(end - first))
-        some = int(np.exp(rng.uniform(np.log(max(count, FEW)), np.log(2 * many + 1))))  # low ids are the common ones
+        # low ids are the common ones
+        some = int(np.exp(rng.uniform(np.log(min(max(count, FEW), 2 * many)), np.log(2 * many + 1))))
         keys = rng.permutation(order[: len(order) - 2 * many][:some])[:count]
         values = rng.choice(order[-2 * many : -many][: max(some // 2, 1)], count)
         told = np.stack([keys, values], 1)

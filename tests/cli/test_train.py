@@ -1,0 +1,109 @@
+"""`abyssal train` through the real program: a run, its end by SIGTERM, its export, its report, bad input."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from abyssal.train.recipe import names
+from tests.cli.test_commands import abyssal
+
+RECIPE = """
+[model]
+preset = "nano"
+vocab_size = 64
+hidden_size = 64
+num_hidden_layers = 3
+compress_ratios = [0, 4, 128, 0]
+num_attention_heads = 2
+head_dim = 64
+q_lora_rank = 32
+o_lora_rank = 32
+n_routed_experts = 4
+moe_intermediate_size = 32
+
+[pretrain]
+tokens = 200
+[pretrain.schedule]
+steps = 6
+[pretrain.sources.pairs]
+kind = "pairs"
+weight = 1
+lengths = [32, 64]
+
+[sft]
+start = "pretrain"
+tokens = 200
+[sft.schedule]
+steps = 2
+[sft.sources.pairs]
+kind = "pairs"
+weight = 1
+seed = 1
+lengths = [32, 64]
+"""
+
+
+@pytest.fixture
+def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("ABYSSAL_HOME", str(tmp_path / "home"))
+    path = tmp_path / "small.toml"
+    path.write_text(RECIPE, encoding="utf-8")
+    return path
+
+
+def steps(run: Path) -> list[int]:
+    return [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_stage_is_trained_and_its_weights_are_a_release(recipe: Path, tmp_path: Path) -> None:
+    first = abyssal("train", "pretrain", "--recipe", recipe)
+    run = tmp_path / "home" / "train" / "runs" / "small" / "pretrain"
+    assert first.stdout.startswith("finished: step 6") and str(run / "report.html") in first.stdout
+    assert "step 6/6" in first.stderr and "tokens/s" in first.stderr
+    assert steps(run) == [1, 2, 3, 4, 5, 6]
+    assert (run / "report.html").is_file()
+    abyssal("train", "sft", "--recipe", recipe)
+    out = tmp_path / "release"
+    assert "step_00000002" in abyssal("train", "export", run.parent / "sft", "--out", out).stdout
+    logits = tmp_path / "logits.npy"
+    abyssal("logits", out, "--ids", "3,4,5", "--out", logits)
+    assert logits.is_file()
+    assert str(run / "report.html") in abyssal("train", "report", run).stdout
+
+
+def test_a_stopped_run_goes_on(recipe: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    command = [sys.executable, "-c", "from abyssal.cli.main import main; main()", "train", "pretrain"]
+    command += ["--recipe", str(recipe), "--run", str(run), "--set", "pretrain.schedule.steps=100000"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None and process.stdout is not None
+        assert process.stderr.readline().startswith("step 1/")
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=60) == 0
+        assert process.stdout.read().startswith("stopped, and saved: step ")
+    done = steps(run)
+    assert done == list(range(1, done[-1] + 1))
+    refused = abyssal("train", "pretrain", "--recipe", recipe, "--run", run, code=2)
+    assert "other rules (schedule.steps)" in refused.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["pretrain", "--recipe", "giant"], f"use {', '.join(names())}"),
+        (["pretrain", "--set", "pretrain.speed=3"], "unknown key speed"),
+        (["pretrain"], "tokenizer.json does not exist"),
+        (["pretrain", "--recipe", "test", "--track", "paper", "--set", "pretrain.schedule.steps=1"], "no sink 'paper'"),
+        (["sft", "--recipe", "test"], "has no [sft]"),
+        (["export", "nowhere", "--out", "x"], "nowhere has no checkpoint"),
+        (["report", "nowhere"], "nowhere holds no run"),
+    ],
+)
+def test_bad_input_is_a_line(recipe: Path, tmp_path: Path, arguments: list[str], told: str) -> None:
+    assert told in abyssal("train", *arguments, code=2, cwd=tmp_path).stderr

@@ -1,0 +1,67 @@
+"""The test size learns to look up, far beyond the lengths that it was trained at (training.md 8.3).
+
+One run guards compressor, indexer, its loss, sparse selection, position skips, Muon and quantised training at once.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from abyssal.checkpoint.load import load_model
+from abyssal.model import Transformer
+from abyssal.model.recorder import Recorder
+from abyssal.train.data.pairs import Pairs
+from abyssal.train.export import export
+from abyssal.train.recipe import read_recipe, trainer_of
+from abyssal.train.run import run
+
+LENGTH, COUNT, CHUNK = 16_384, 48, 1024
+ITEMS = 3
+
+
+class Dense(Recorder):
+    """Every query reads every block."""
+
+    topk = LENGTH
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Transformer:
+    """Trained by its recipe, and loaded as a release: FP4 experts, FP8."""
+    folder = tmp_path_factory.mktemp("size")
+    recipe = read_recipe("test")
+    assert run(trainer_of(recipe, "pretrain", folder), folder / "run")
+    export(folder / "run", folder / "release")
+    loaded = load_model(folder / "release")
+    assert isinstance(loaded, Transformer)
+    return loaded
+
+
+def right(model: Transformer, recorder: Recorder | None) -> float:
+    """Share of the answers to pairs that no training sequence held."""
+    stage = read_recipe("test").stage("pretrain")
+    pairs = Pairs(stage.sources["pairs"].ids or (0, 0), "fixed")
+    count = min(COUNT, pairs.most)
+    hits = asked = 0
+    for item in range(ITEMS):
+        rng = np.random.default_rng((1 << 40, item))
+        ids, answers = pairs.sequence(rng, LENGTH, count, COUNT)
+        cache = model.new_cache()
+        with torch.inference_mode():
+            parts = [
+                model.logits(model.run(part, [cache], recorder=recorder).z_TD).argmax(-1)
+                for part in torch.from_numpy(ids).split(CHUNK)
+            ]
+        told = torch.cat(parts)[:-1].numpy()[answers[1:]]
+        hits += int((told == ids[answers]).sum())
+        asked += len(told)
+    assert asked == ITEMS * COUNT
+    return hits / asked
+
+
+def test_sparse_selection_answers_far_beyond_the_trained_length(model: Transformer) -> None:
+    sparse, dense = right(model, None), right(model, Dense())
+    assert sparse >= 0.99
+    assert dense < sparse - 0.1
