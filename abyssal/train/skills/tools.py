@@ -16,7 +16,8 @@ from abyssal.train.skills.plan import Plan
 from abyssal.train.skills.rates import Row, counts, rates
 
 MOST: dict[ThinkingMode, int] = {"non-think": 384, "think-high": 512, "think-max": 1536}  # tokens of a turn
-UNCLOSED, CUT = "truncated_reasoning", "incomplete_call"  # repairs that also an answer needs that was cut off
+UNCLOSED = "truncated_reasoning"  # of the parser's repairs, the one that says nothing about calls
+CUT = frozenset({UNCLOSED, "incomplete_call", "leaked_token"})  # those that an answer needs that ends inside a call
 Call = dict[str, Any]
 
 
@@ -165,8 +166,7 @@ def verdict(expected: list[Call], reply: Reply) -> str:
 
 def malformed(reply: Reply) -> bool:
     """Whether something had to be mended, other than what an answer lacks that was cut off at its limit."""
-    cut = {UNCLOSED, CUT} if reply.finish == "length" else {UNCLOSED}
-    return not cut.issuperset(reply.repairs)
+    return not (CUT if reply.finish == "length" else {UNCLOSED}).issuperset(reply.repairs)
 
 
 def same(one: Any, other: Any) -> bool:
