@@ -9,6 +9,7 @@ from abyssal.base.errors import InputError
 from abyssal.base.files import write_aside
 
 KILO = 1024
+DARK = 0.35  # distance of a rate from one half beyond which its colour is dark
 
 
 def plot_grid(results: dict[str, Any], path: Path, mode: str = "non-think") -> None:
@@ -41,12 +42,13 @@ def plot_grid(results: dict[str, Any], path: Path, mode: str = "non-think") -> N
         rates = [
             [cells[depth]["rate"] if depth in cells else float("nan") for cells in lengths.values()] for depth in depths
         ]
-        image = axes.imshow(rates, vmin=0, vmax=1, cmap="RdYlGn", aspect="auto")
+        image = axes.imshow(rates, vmin=0, vmax=1, cmap="RdYlBu", aspect="auto")
         for column, cells in enumerate(lengths.values()):
             for row, depth in enumerate(depths):
                 if depth in cells:
                     text = f"{cells[depth]['passed']}/{cells[depth]['n']}"
-                    axes.text(column, row, text, ha="center", va="center", fontsize=8)
+                    light = abs(cells[depth]["rate"] - 0.5) > DARK  # on a dark cell
+                    axes.text(column, row, text, ha="center", va="center", color="w" if light else "k", fontsize=8)
         whole = results["by_length"][mode][kind]
         axes.set_xticks(range(len(lengths)), [f"{_short(int(n))}\n{whole[n]['rate']:.0%}" for n in lengths])
         axes.set_title(kind.replace("_", " "), fontsize=10)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from abyssal.train.data.example import MODES, ThinkingMode
 
@@ -75,6 +75,6 @@ FULL = Plan(
     chat=60,
     copying=60,
 )
-# one text of 1M tokens and questions of all kinds about it
-MILLION = Plan((Stretch(1 << 20, 22, per_text=22, joint=True),), tools=0, arithmetic=0, chat=0, copying=0)
+# and one text of 1M tokens, with questions of all kinds about it
+MILLION = replace(FULL, retrieval=(*FULL.retrieval, Stretch(1 << 20, 22, per_text=22, joint=True)))
 PLANS = {"quick": QUICK, "full": FULL, "million": MILLION}

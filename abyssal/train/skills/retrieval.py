@@ -6,7 +6,7 @@ first. A text of 1M tokens takes hours to read, so there one text holds the fact
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -59,13 +59,13 @@ class Place:
     number: int
 
 
-def score_retrieval(bench: Bench, plan: Plan, filler: Sequence[str], seed: int = 0) -> dict[str, Any]:
+def score_retrieval(bench: Bench, plan: Plan, filler: Callable[[int], Sequence[str]], seed: int = 0) -> dict[str, Any]:
     """Rates by kind, by length and by depth, and what wrong answers were.
 
     Args:
         bench: model and journal.
         plan: lengths, items and modes.
-        filler: sentences of prose between the facts; without them they are made up.
+        filler: sentences of prose that stand between the facts of a text of so many tokens; none for made-up ones.
         seed: another one gives other items.
     Raises:
         ValueError: a length has no room for the facts that share its text.
@@ -78,7 +78,7 @@ def score_retrieval(bench: Bench, plan: Plan, filler: Sequence[str], seed: int =
             for part in parts_of(stretch, plan.depths, mode):
                 done = [row for place in part if (row := bench.journal.get(place.id)) is not None]
                 if len(done) < len(part):  # a text is made only if something is left to ask about it
-                    questions = list(questions_of(stretch, part, mode, bench.completer, filler, seed))
+                    questions = list(questions_of(stretch, part, mode, bench.completer, filler(stretch.length), seed))
                     if stretch.per_text > 1:
                         read_first(bench, label, questions, judge)
                     done = bench.rows(label, questions, judge, max(1, min(AT_ONCE, TOKENS_AT_ONCE // stretch.length)))

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
+from functools import cache
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -91,7 +92,7 @@ def score_with(
 
 def _suite(suite: str, bench: Bench, data: Path | None, plan: Plan, seed: int) -> dict[str, Any]:
     if suite == "retrieval":
-        return score_retrieval(bench, plan, _filler(data, plan.longest), seed)
+        return score_retrieval(bench, plan, _filler(data), seed)
     if suite == "tools":
         return score_tools(bench, plan, seed)
     if suite == "arithmetic":
@@ -108,12 +109,17 @@ def _prose(data: Path) -> Iterator[str]:
     return chain.from_iterable(read_corpus(data / "corpus", "prose", held_out=part) for part in (True, False))
 
 
-def _filler(data: Path | None, longest: int) -> list[str]:
+def _filler(data: Path | None) -> Callable[[int], Sequence[str]]:
     """Held-out sentences; a longer text than they can fill takes those of training too, but no facts of it."""
-    if data is None:
-        return []
-    texts = _prose(data) if longest > HELD_OUT_FILLER else read_corpus(data / "corpus", "prose", held_out=True)
-    return [sentence for text in texts for sentence in sentences_of(text)]
+
+    @cache
+    def sentences(also_training: bool) -> list[str]:
+        if data is None:
+            return []
+        texts = _prose(data) if also_training else read_corpus(data / "corpus", "prose", held_out=True)
+        return [sentence for text in texts for sentence in sentences_of(text)]
+
+    return lambda length: sentences(length > HELD_OUT_FILLER)
 
 
 @contextmanager
