@@ -41,7 +41,8 @@ class Plan:
         retrieval: by length.
         depths: of the asked facts: 0 at the beginning of a text, 1 at its end.
         retrieval_modes, tool_modes: thinking modes in which these are asked.
-        tools: conversations of each kind and mode.
+        tools: conversations of each kind and mode, held to the grammar of calls.
+        free: how many of these are asked without the grammar too.
         arithmetic: problems; each is asked in all three modes.
         chat, copying: items of each kind.
         part: bytes of prose and code that are read as one, for bits per byte.
@@ -50,6 +51,7 @@ class Plan:
 
     retrieval: tuple[Stretch, ...]
     tools: int
+    free: int
     arithmetic: int
     chat: int
     copying: int
@@ -66,11 +68,12 @@ class Plan:
 
 
 # minutes on a small machine: while a run goes on
-QUICK = Plan((Stretch(1024, 33), Stretch(4096, 33)), tools=24, arithmetic=40, chat=12, copying=12, parts=24)
+QUICK = Plan((Stretch(1024, 33), Stretch(4096, 33)), tools=24, free=8, arithmetic=40, chat=12, copying=12, parts=24)
 # all that a model card tells, but for the texts of 1M tokens
 FULL = Plan(
     (Stretch(4096, 110), Stretch(32768, 66, per_text=11), Stretch(131072, 44, per_text=22)),
     tools=200,
+    free=60,
     arithmetic=200,
     chat=60,
     copying=60,

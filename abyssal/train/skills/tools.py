@@ -78,7 +78,9 @@ def score_tools(bench: Bench, plan: Plan, seed: int = 0) -> dict[str, Any]:
         rows: list[Row] = []
         for mode in plan.tool_modes:
             label = f"tools, {mode}, {'with' if bound else 'without'} grammar"
-            rows += bench.rows(label, tasks(plan.tools, mode, bound, seed), partial(_judged, bench))
+            rows += bench.rows(
+                label, tasks(plan.tools if bound else plan.free, mode, bound, seed), partial(_judged, bench)
+            )
         results["with_grammar" if bound else "without_grammar"] = {
             "by_kind": rates(rows, "mode", "kind"),
             "well_formed": rates(rows, "mode", what="well_formed"),

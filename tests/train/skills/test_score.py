@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
 
 import abyssal
-from abyssal.base.errors import DataError, InputError
+from abyssal.base.errors import DataError, InputError, RunError
+from abyssal.chat.api import Accepted, Completion, Continued, PromptUse
 from abyssal.checkpoint.load import load_model
 from abyssal.encoding.literals import BOS, DSML
 from abyssal.encoding.tokenizer import Tokenizer
@@ -30,6 +31,7 @@ ASKED = tuple(suite for suite in SUITES if suite != "bits")
 PLAN = Plan(
     (Stretch(600, 3), Stretch(2000, 4, per_text=2), Stretch(4000, 3, per_text=3, joint=True)),
     tools=3,
+    free=2,
     arithmetic=4,
     chat=3,
     copying=2,
@@ -65,6 +67,7 @@ def test_who_knows_everything() -> None:
     assert thinking["non-think"]["most"] == 0
     assert thinking["non-think"]["mean"] < thinking["think-high"]["mean"] < thinking["think-max"]["mean"]
     assert any(oracle.bound) and not all(oracle.bound), "tools are asked with and without the grammar"
+    assert suites["tools"]["without_grammar"]["by_kind"]["non-think"]["single"]["n"] == 2
     json.dumps(results)
 
 
@@ -145,6 +148,23 @@ def test_bits_per_byte() -> None:
         score_bits(bench_of(Oracle()), plan, "code", [])
 
 
+def test_an_engine_that_fails() -> None:
+    """Its error comes as it is, and what was done before is kept."""
+
+    class Failing(Oracle):
+        async def complete(self, completion: Completion) -> AsyncIterator[Accepted | PromptUse | Continued]:
+            finish: Literal["stop", "failed"] = "stop" if len(self.prompts) < 2 else "failed"
+            async for part in super().complete(completion):
+                if isinstance(part, Continued):
+                    part = replace(part, finish=finish, error=None if finish == "stop" else "out of order")
+                yield part
+
+    bench = bench_of(Failing(otherwise="no"))
+    with pytest.raises(RunError, match="out of order"):
+        score_with(bench, None, PLAN, ["copying"])
+    assert len(bench.journal.rows) == 2
+
+
 def test_unknown_suites_and_missing_data() -> None:
     with pytest.raises(InputError, match="no suite is called chess"):
         score_with(bench_of(Oracle()), None, PLAN, ["chess"])
@@ -167,7 +187,9 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_bundled_model(tmp_path: Path, data: Path) -> None:
     """Through the real engine; a second time everything comes out of the journal."""
     stretches = (Stretch(300, 2), Stretch(700, 2, per_text=2, joint=True))
-    plan = Plan(stretches, tools=1, arithmetic=2, chat=1, copying=1, tool_modes=("non-think",), part=700, parts=3)
+    plan = Plan(
+        stretches, tools=1, free=1, arithmetic=2, chat=1, copying=1, tool_modes=("non-think",), part=700, parts=3
+    )
     path = tmp_path / "rows.jsonl"
     found = score(NANO, data, plan, journal=path, silent=True)
     suites = found["suites"]
@@ -186,7 +208,7 @@ def test_the_bundled_model(tmp_path: Path, data: Path) -> None:
 
 def test_bits_agree_with_the_model(data: Path) -> None:
     """The engine's scores are the log-probabilities of the plain forward."""
-    plan = Plan((), tools=0, arithmetic=0, chat=0, copying=0, part=500, parts=2)
+    plan = Plan((), tools=0, free=0, arithmetic=0, chat=0, copying=0, part=500, parts=2)
     found = score(NANO, data, plan, ["bits"], silent=True)["suites"]["bits"]["code"]
     parts = list(cut("code", read_corpus(data / "corpus", "code", held_out=True), 500))
     chosen = [parts[i * len(parts) // 2] for i in range(2)]
