@@ -107,14 +107,22 @@ def completion_of(completer: Completer, request: ChatRequest, thinking: bool) ->
     )
 
 
-async def answer(completer: Completer, request: ChatRequest) -> AsyncIterator[ChatEvent]:
+async def answer(
+    completer: Completer, request: ChatRequest, *, bound: bool = True
+) -> AsyncIterator[ChatEvent]:
     """The events of a turn; the first is `Accepted`, the last `Usage`.
 
+    Args:
+        completer: what continues the prompt.
+        request: the conversation.
+        bound: hold the answer to the grammar of its calls or schema; without, what a model does by itself is seen.
     Raises:
         InputError: the request cannot be done; nothing has been said yet.
     """
     thinking = request.answer_thinks
     completion = completion_of(completer, request, thinking)
+    if not bound:
+        completion = replace(completion, constraint=None)
     tools, allowed = request.tools, request.tool_mode != "none"
     answers = [_Answer(Parser(thinking=thinking, tools=tools, allow_calls=allowed)) for _ in range(request.n)]
     use = PromptUse(0, 0)

@@ -7,7 +7,7 @@ read whole. Half of the questions are about a fact shortly before the end, half 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -162,15 +162,10 @@ class Retrieval:
         room = length - sum(
             self.count(q) + self.count(f.value) + TURN for q, f in zip(questions_text, asked, strict=True)
         )
-        before = "\n" if kind == "key_value" else " "
-        costs = {fact.key: self.count(before + fact.sentence) for fact in facts}
+        before = dict.fromkeys((fact.key for fact in facts), "\n" if kind == "key_value" else " ")
+        costs = {fact.key: self.count(before[fact.key] + fact.sentence) for fact in facts}
         # facts that are not asked for give way where the text is too short for all
-        spare = room - sum(costs[fact.key] for fact in asked)
-        others = []
-        for fact in facts:
-            if fact not in asked and costs[fact.key] <= spare:
-                spare -= costs[fact.key]
-                others.append(fact)
+        others = _fitting([fact for fact in facts if fact not in asked], costs, room - _total(asked, costs))
         targets = {fact.key: self._target(rng, room - costs[fact.key], depth) for fact in asked}
         targets |= {fact.key: rng.uniform(0, room - costs[fact.key]) for fact in others}
         ordered = sorted([*asked, *others], key=lambda fact: targets[fact.key])
@@ -179,6 +174,47 @@ class Retrieval:
         tokens = self.count(text)
         distances = [max(tokens - ends[fact.key], 0) for fact in asked]
         return Haystack(text, asked, questions_text, distances, tokens)
+
+    def shared(
+        self, rng: np.random.Generator, length: int, depths: Mapping[Kind, Sequence[float]]
+    ) -> Haystack:
+        """A text with facts of several kinds, for many questions that are asked one at a time.
+
+        Every asked fact that is a single needle has confusable ones of its own; what is not asked lies anywhere.
+
+        Args:
+            rng: the only source of chance.
+            length: tokens of the text, which are reached to within a sentence and not passed.
+            depths: for each kind, where its asked facts stand: 0 at the beginning, 1 at the end.
+        Returns:
+            the text, with the facts in the order of `depths`, kind by kind.
+        Raises:
+            ValueError: the length is too short for the facts.
+        """
+        asked: list[Fact] = []
+        others: list[Fact] = []
+        before: dict[str, str] = {}
+        for kind, places in depths.items():
+            facts = self._facts(rng, kind, length // len(depths), len(places), taken=before)
+            before |= dict.fromkeys((fact.key for fact in facts), "\n" if kind == "key_value" else " ")
+            # of single needles, one of each family
+            chosen = facts[:: 1 + CONFUSABLE] if kind == "single" else pick_some(rng, facts, len(places))
+            asked += chosen
+            others += [fact for fact in facts if fact not in chosen]
+        wanted = [depth for places in depths.values() for depth in places]
+        costs = {fact.key: self.count(before[fact.key] + fact.sentence) for fact in (*asked, *others)}
+        if len(asked) < len(wanted) or _total(asked, costs) > length:
+            raise ValueError(f"{length} tokens have no room for {len(wanted)} facts: ask fewer, or take a longer text")
+        others = _fitting(others, costs, length - _total(asked, costs))
+        targets = {fact.key: depth * (length - costs[fact.key]) for fact, depth in zip(asked, wanted, strict=True)}
+        targets |= {fact.key: rng.uniform(0, length - costs[fact.key]) for fact in others}
+        ordered = sorted([*asked, *others], key=lambda fact: targets[fact.key])
+        pieces, ends = self._laid(rng, before, ordered, targets, costs, length)
+        text = "".join(pieces).strip()
+        tokens = self.count(text)
+        kinds = [kind for kind, places in depths.items() for _ in places]
+        questions = [self._question(rng, kind, fact) for kind, fact in zip(kinds, asked, strict=True)]
+        return Haystack(text, asked, questions, [max(tokens - ends[fact.key], 0) for fact in asked], tokens)
 
     def _meta(self, hay: Haystack, depth: float | None) -> dict[str, object]:
         return {
@@ -189,10 +225,20 @@ class Retrieval:
             "depth": depth,
         }
 
-    def _facts(self, rng: np.random.Generator, kind: Kind, length: int) -> list[Fact]:
-        """Facts about different keys; one attribute, so that only the key tells them apart."""
+    def _facts(
+        self, rng: np.random.Generator, kind: Kind, length: int, needles: int = 1, taken: Collection[str] = ()
+    ) -> list[Fact]:
+        """Facts about different keys; one attribute, so that only the key tells them apart.
+
+        Args:
+            rng: the only source of chance.
+            kind: how many, and how they are told.
+            length: tokens of the text.
+            needles: single needles, each with confusable ones behind it.
+            taken: keys that others have.
+        """
         if kind == "single":
-            many = 1 + CONFUSABLE
+            many = needles * (1 + CONFUSABLE)
         elif kind == "multi_key":
             many = int(np.clip(length // 80, 4, 48))
         else:
@@ -203,13 +249,15 @@ class Retrieval:
         families: list[tuple[str, str]] = []
         while len(found) < many:
             # a family shares its first two words; half of the keys join one that is there
-            if families and (kind == "single" or rng.random() < 0.5):
+            if families and kind == "single" and len(found) < len(families) * (1 + CONFUSABLE):
+                family = pick(rng, families[-1:])
+            elif families and kind != "single" and rng.random() < 0.5:
                 family = pick(rng, families)
             else:
                 family = (pick(rng, pool("adjectives", self.split)), pick(rng, pool("places", self.split)))
                 families.append(family)
             key = " ".join((*family, pick(rng, pool("roles", self.split))))
-            if key in found:  # a large list may have used up a family's roles
+            if key in found or key in taken:  # a large list may have used up a family's roles
                 if kind != "single":
                     families.append((pick(rng, pool("adjectives", self.split)), pick(rng, pool("places", self.split))))
                 continue
@@ -248,7 +296,7 @@ class Retrieval:
     def _laid(
         self,
         rng: np.random.Generator,
-        before: str,
+        before: dict[str, str],
         facts: list[Fact],
         targets: dict[str, float],
         costs: dict[str, int],
@@ -258,15 +306,15 @@ class Retrieval:
         pieces: list[str] = []
         ends: dict[str, int] = {}
         used = 0
-        left = sum(costs[fact.key] for fact in facts)
+        left = _total(facts, costs)
         waiting = list(reversed(facts))
         until_break = int(rng.integers(*SENTENCES))
         place = int(rng.integers(len(self.filler))) if self.filler else 0
-        full = before == "\n" and 2 * left > room  # a list without prose between its lines
+        full = set(before.values()) == {"\n"} and 2 * left > room  # a list without prose between its lines
         while True:
             while waiting and (full or targets[waiting[-1].key] <= used):
                 fact = waiting.pop()
-                pieces.append(before + fact.sentence)
+                pieces.append(before[fact.key] + fact.sentence)
                 used += costs[fact.key]
                 left -= costs[fact.key]
                 ends[fact.key] = used
@@ -287,6 +335,21 @@ class Retrieval:
                 continue
             pieces.append(separator + sentence)
             used += cost
+
+
+def _total(facts: Sequence[Fact], costs: Mapping[str, int]) -> int:
+    """Tokens of the facts."""
+    return sum(costs[fact.key] for fact in facts)
+
+
+def _fitting(facts: Sequence[Fact], costs: Mapping[str, int], room: int) -> list[Fact]:
+    """The facts that fit into so many tokens, the first ones before the others."""
+    fitting = []
+    for fact in facts:
+        if costs[fact.key] <= room:
+            room -= costs[fact.key]
+            fitting.append(fact)
+    return fitting
 
 
 def sentences_of(text: str) -> list[str]:

@@ -114,3 +114,32 @@ def test_thinking_finds_the_fact(kind: Kind) -> None:
 def test_too_short() -> None:
     with pytest.raises(ValueError, match="no room"):
         MAKER.generate(seeded("test", "train", 0), length=SMALLEST - 1)
+
+
+def test_a_shared_text() -> None:
+    """Every asked fact stands where it should, with its confusable ones; all kinds lie in one text."""
+    depths: dict[Kind, list[float]] = {"single": [0.0, 0.5, 1.0], "multi_key": [0.2, 0.9], "key_value": [0.4]}
+    length = 9000
+    hay = MAKER.shared(seeded("test", "held_out", 0), length, depths)
+    assert length - 60 <= hay.tokens <= length
+    wanted = [depth for places in depths.values() for depth in places]
+    for fact, question, distance, depth in zip(hay.asked, hay.questions, hay.distances, wanted, strict=True):
+        assert fact.sentence in hay.text and fact.key in question
+        assert abs(1 - distance / hay.tokens - depth) < 0.03
+        assert len(re.findall(rf"{re.escape(fact.key)}\b", hay.text, flags=re.I)) == 1
+    for fact in hay.asked[:3]:
+        prefix = " ".join(fact.key.split()[:2])
+        assert len(re.findall(rf"{prefix} \w+", hay.text, flags=re.I)) >= 4
+    line = hay.asked[-1].sentence
+    assert line in hay.text.split("\n"), "an entry of a list has a line of its own"
+
+
+def test_a_shared_list_has_no_prose() -> None:
+    hay = MAKER.shared(seeded("test", "held_out", 1), 3000, {"key_value": [0.1, 0.8]})
+    assert all(fact.sentence in hay.text.split("\n") for fact in hay.asked)
+    assert hay.tokens > 2000 and "." not in hay.text
+
+
+def test_a_shared_text_that_is_too_short() -> None:
+    with pytest.raises(ValueError, match="30 tokens have no room for 3 facts"):
+        MAKER.shared(seeded("test", "train", 0), 30, {"single": [0.0, 0.5, 1.0]})
