@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 import time
 from contextlib import ExitStack
@@ -10,6 +11,7 @@ from typing import Annotated, Any, cast
 
 import typer
 
+from abyssal.base.errors import InputError
 from abyssal.cli.models import home
 
 LINE_SECONDS = 10.0  # between lines of progress where stderr is no terminal
@@ -92,6 +94,42 @@ def report(run: Annotated[Path, typer.Argument(help="Folder of a run, finished o
     from abyssal.train.report import write_report
 
     print(write_report(run))
+
+
+
+@train.command()
+def score(
+    model: Annotated[str, typer.Argument(help="A release folder, or nano.")] = "nano",
+    plan: Annotated[str, typer.Option(help="quick (minutes), full, or million (hours).")] = "quick",
+    suite: Annotated[list[str] | None, typer.Option(help="Only this one; may be given again.")] = None,
+    data: Data = None,
+    journal: Annotated[Path | None, typer.Option(help="File of results so far: a killed evaluation goes on.")] = None,
+    seed: Annotated[int, typer.Option(help="Another one asks other questions.")] = 0,
+    out: Annotated[Path | None, typer.Option(help="Folder for scores.json and a plot of retrieval.")] = None,
+    json_out: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
+) -> None:
+    """Ask a model what the bundled one was trained to do, on questions it has never seen, through the engine."""
+    from abyssal.base.files import write_json
+    from abyssal.cli.models import folder_of
+    from abyssal.train.report import SCORES
+    from abyssal.train.skills.grid import plot_grid
+    from abyssal.train.skills.plan import PLANS
+    from abyssal.train.skills.report import lines_of
+    from abyssal.train.skills.score import SUITES
+    from abyssal.train.skills.score import score as ask
+
+    if plan not in PLANS:
+        raise InputError(f"no plan {plan!r}: use {', '.join(PLANS)}")
+    folder = data or _data_folder()
+    known = folder if folder.is_dir() else None
+    suites = suite or [name for name in SUITES if name != "bits" or known is not None]
+    found = ask(folder_of(model), known, PLANS[plan], suites, journal=journal, seed=seed)
+    if out is not None:
+        out.mkdir(parents=True, exist_ok=True)
+        write_json(out / SCORES, found)
+        if "retrieval" in found["suites"]:
+            plot_grid(found["suites"]["retrieval"], out / "retrieval.svg")
+    print(json.dumps(found) if json_out else "\n".join(lines_of(found["suites"])))
 
 
 def _data_folder() -> Path:

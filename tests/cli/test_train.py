@@ -107,3 +107,14 @@ def test_a_stopped_run_goes_on(recipe: Path, tmp_path: Path) -> None:
 )
 def test_bad_input_is_a_line(recipe: Path, tmp_path: Path, arguments: list[str], told: str) -> None:
     assert told in abyssal("train", *arguments, code=2, cwd=tmp_path).stderr
+
+
+def test_a_score_is_one_object_and_a_plot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ABYSSAL_HOME", str(tmp_path / "home"))
+    asked = ["train", "score", "nano", "--suite", "copying", "--suite", "chat", "--out", tmp_path / "card"]
+    found = json.loads(abyssal(*asked, "--json").stdout)
+    assert found["suites"].keys() == {"copying", "chat"}
+    assert json.loads((tmp_path / "card" / "scores.json").read_text()) == found
+    assert "no plan 'huge'" in abyssal("train", "score", "--plan", "huge", code=2).stderr
+    assert "no suite is called games" in abyssal("train", "score", "--suite", "games", code=2).stderr
+    assert "bits per byte need" in abyssal("train", "score", "--suite", "bits", code=2).stderr
