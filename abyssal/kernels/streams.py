@@ -168,8 +168,9 @@ class _Leave(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dout_TND: Tensor) -> tuple[Tensor | None, ...]:
-        grads = [torch.empty_like(x) for x in ctx.saved_tensors]
-        ctx.fast.leave_backward(*ctx.saved_tensors, dout_TND.contiguous(), *grads)
+        leaving = ctx.saved_tensors  # once: a block that runs again gives them once
+        grads = [torch.empty_like(x) for x in leaving]
+        ctx.fast.leave_backward(*leaving, dout_TND.contiguous(), *grads)
         return None, *grads
 
 

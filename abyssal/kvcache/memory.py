@@ -111,6 +111,7 @@ class LayerMemory:
     """Arrays of one layer: the window, and what its kind adds.
 
     Attributes:
+        ratio: tokens of a block; 0 for a window alone.
         codec: how window entries are stored.
         window: ring of window entries.
         compressed: compressed entries (CSA, HCA), or None.
@@ -127,6 +128,7 @@ class LayerMemory:
         device: torch.device | None = None,
     ):
         C, R, J = config.head_dim, config.qk_rope_head_dim, config.index_head_dim
+        self.ratio = ratio
         self.codec = Codec("entry", numerics.entries, C, R, dtype)
         self.window = Ring(self.codec.width, config.sliding_window + SLACK, self.codec.stored_dtype, device)
         self.compressed = CompressedMemory(self.codec, ratio, page_tokens, device) if ratio else None
@@ -269,6 +271,7 @@ class Memory:
         def layer(ratio: int) -> LayerMemory:
             return LayerMemory(config, ratio, self.numerics, dtype, page_tokens, device)
 
+        self._layer = layer
         self.layers = [layer(ratio) for ratio in config.backbone_ratios]
         # DSpark's draft stages are another module, which is not run
         self.mtp = [layer(0) for _ in range(0 if config.dspark else config.num_nextn_predict_layers)]
@@ -327,10 +330,13 @@ class Memory:
 
     def clear_layer(self, number: int) -> None:
         """Give back the arrays of a backbone layer that has done its work (layer-by-layer passes)."""
-        c = self.config
-        self.layers[number] = LayerMemory(
-            c, c.backbone_ratios[number], self.numerics, self.dtype, self.page_tokens
-        )
+        self.layers[number] = self._layer(self.config.backbone_ratios[number])
+
+    def empty_layer(self, ratio: int) -> LayerMemory:
+        """Arrays of one more layer, with this memory's pages and slots."""
+        layer = self._layer(ratio)
+        layer.resize(self.slots.count, self.pages.count)
+        return layer
 
     def pages_for(self, tokens: int) -> int:
         """Pages that so many tokens need."""

@@ -50,10 +50,16 @@ class Recorder:
         topk: how many blocks a query of a CSA layer reads at most, or None for the configured number. With a
             number that no query exceeds, selection is dense.
         watches_attention: whether `attended` is called; what it is told costs about an attention more.
+        recompute: whether blocks keep nothing for the way back and run again there; changes no bit.
     """
 
     topk: int | None = None
     watches_attention = False
+    recompute = False
+
+    def again(self) -> Recorder:
+        """Who listens where a block runs again: it makes the same choices, and what it notes counts no more."""
+        return Recorder()
 
     def choice(self, gate: nn.Module) -> Tensor | None:
         """Expert numbers [T, K] that a router shall take in place of its own choice, or None."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 import torch
@@ -21,6 +22,7 @@ from abyssal.model.linear import Linear, PackedModule
 from abyssal.model.mhc import collapse_head, head_parameters
 from abyssal.model.mtp import MTPBlock
 from abyssal.model.norm import RMSNorm
+from abyssal.model.recompute import through
 from abyssal.model.recorder import Recorder
 from abyssal.model.rope import Rope
 from abyssal.quant.numerics import Numerics
@@ -188,7 +190,8 @@ class Transformer(nn.Module):
         streams_TND = self.enter(ids_T)
         turns = {ratio: self.ropes[ratio].at(batch.positions) for ratio in set(self.config.backbone_ratios)}
         for ratio, block, memory in zip(self.config.backbone_ratios, self.layers, batch.memory.layers, strict=True):
-            streams_TND = block(streams_TND, ids_T, batch, memory, self.ropes[ratio], turns[ratio])
+            run = partial(block, ids_T=ids_T, batch=batch, rope=self.ropes[ratio], turn_T=turns[ratio])
+            streams_TND = through(run, streams_TND, batch, memory)
         for cache, length in zip(caches, lengths, strict=True):
             cache.advance(length)
         return Output(streams_TND[: batch.count], self.leave(streams_TND)[: batch.count], batch.watched or [])
@@ -224,7 +227,8 @@ class Transformer(nn.Module):
         check_ids(next_ids_T, self.config.vocab_size)
         ids_T = batch.pad(next_ids_T)
         embedded_TD = self.embed(ids_T).to(self.dtype)
-        z_TD, streams_TND = block.predict(
-            batch.pad(streams_TND), embedded_TD, ids_T, batch, batch.memory.mtp[depth], self.ropes[0]
+        run = partial(
+            block.predict, next_embedding_TD=embedded_TD, next_ids_T=ids_T, batch=batch, rope=self.ropes[0]
         )
+        z_TD, streams_TND = through(run, batch.pad(streams_TND), batch, batch.memory.mtp[depth])
         return z_TD[: batch.count], streams_TND[: batch.count]

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
 
 from abyssal.kernels.linear import linear
 from abyssal.kernels.router import sqrt_softplus
@@ -120,7 +121,29 @@ def index_scores(q_QIJ: Tensor, weights_QI: Tensor, keys: Tensor) -> Tensor:
     return torch.einsum("qi,qib->qb", weights_QI, torch.matmul(q_QIJ, keys.mT).relu())
 
 
-def index_loss(seen: Attended, queries: int = QUERIES, sparse: int = SPARSE) -> Tensor:
+def _divergence(
+    seen: Attended, part: slice, q_QIJ: Tensor, weights_QI: Tensor, keys_BJ: Tensor, sequence: int, sparse: int
+) -> Tensor:
+    """`index_loss` of neighbouring queries of one sequence; `keys_BJ` are those of the blocks up to their last."""
+    blocks = len(keys_BJ)
+    read_QB = seen.read_TB[part, :blocks]
+    entries, keys = seen.blocks_GBC[sequence, :blocks], keys_BJ
+    most = int(read_QB.sum(1).max())
+    if sparse * most < blocks:
+        some_QB = read_QB.float().topk(most).indices.sort().values
+        entries = entries[some_QB]
+        keys = keys.index_select(0, some_QB.flatten()).unflatten(0, some_QB.shape)
+        read_QB = read_QB.gather(1, some_QB)
+    with torch.no_grad():
+        target_QB, _ = attention_shares(seen, part, entries, read_QB)
+    scores_QB = index_scores(q_QIJ, weights_QI, keys)
+    # a finite number for what is not read: rows that read nothing keep a gradient of zero, not NaN
+    hidden = torch.finfo(scores_QB.dtype).min / 4
+    logs_QB = F.log_softmax(scores_QB.masked_fill(~read_QB, hidden), dim=-1)
+    return (torch.xlogy(target_QB, target_QB) - target_QB * logs_QB).masked_fill(~read_QB, 0).sum()
+
+
+def index_loss(seen: Attended, queries: int = QUERIES, sparse: int = SPARSE, recompute: bool = False) -> Tensor:
     """Sum over queries of KL(attention of the layer over the blocks it reads || softmax of the index scores).
 
     Gradients reach the indexer alone. Queries that read no block are skipped; with a sparse selection both sides
@@ -131,6 +154,7 @@ def index_loss(seen: Attended, queries: int = QUERIES, sparse: int = SPARSE) -> 
         queries: of one step, to bound memory; changes no term of the sum.
         sparse: where a query sees more than so many times what it reads, the blocks are gathered for each; nor
             does this change a term.
+        recompute: run each step again on the way back, so that scores of one step live at once; changes no bit.
     """
     lengths = [length for _, length, count in seen.groups for _ in range(count)]
     sizes = [min(queries, length - start) for length in lengths for start in range(0, length, queries)]
@@ -144,22 +168,12 @@ def index_loss(seen: Attended, queries: int = QUERIES, sparse: int = SPARSE) -> 
         read_B = seen.read_TB[part].any(0).nonzero()
         if not len(read_B):
             continue
-        blocks = int(read_B[-1]) + 1
-        read_QB = seen.read_TB[part, :blocks]
-        entries, keys = seen.blocks_GBC[sequence, :blocks], keys_of[sequence][:blocks]
-        most = int(read_QB.sum(1).max())
-        if sparse * most < blocks:
-            some_QB = read_QB.float().topk(most).indices.sort().values
-            entries = entries[some_QB]
-            keys = keys.index_select(0, some_QB.flatten()).unflatten(0, some_QB.shape)
-            read_QB = read_QB.gather(1, some_QB)
-        with torch.no_grad():
-            target_QB, _ = attention_shares(seen, part, entries, read_QB)
-        scores_QB = index_scores(q[number], weights[number], keys)
-        # a finite number for what is not read: rows that read nothing keep a gradient of zero, not NaN
-        hidden = torch.finfo(scores_QB.dtype).min / 4
-        logs_QB = F.log_softmax(scores_QB.masked_fill(~read_QB, hidden), dim=-1)
-        total = total + (torch.xlogy(target_QB, target_QB) - target_QB * logs_QB).masked_fill(~read_QB, 0).sum()
+        keys = keys_of[sequence][: int(read_B[-1]) + 1]
+        step = seen, part, q[number], weights[number], keys, sequence, sparse
+        if recompute:
+            total = total + checkpoint(_divergence, *step, use_reentrant=False, preserve_rng_state=False)
+        else:
+            total = total + _divergence(*step)
     return total
 
 

@@ -54,6 +54,8 @@ class Rules:
         skip_limit: their positions stay below it.
         seed: of the skips.
         bfloat16_muon: orthogonalise in bfloat16, several times as fast where the processor multiplies it.
+        recompute: blocks run again on the way back in place of keeping all that they made: long sequences fit, a
+            step takes about a third longer, and no bit changes.
     """
 
     schedule: Schedule
@@ -71,6 +73,7 @@ class Rules:
     skip_limit: int = 1 << 20
     seed: int = 0
     bfloat16_muon: bool = False
+    recompute: bool = False
 
 
 @dataclass
@@ -230,7 +233,14 @@ class Trainer:
             for (packed, choices), lengths in zip(work, balanced, strict=True):
                 given: dict[nn.Module, Tensor] = {self._gates[name]: chosen for name, chosen in choices.items()}
                 topk = self._topk(packed)
-                watch = Watch(lengths, topk=topk, attention=bool(self._csa_layers), choices=given, gauges=gauges)
+                watch = Watch(
+                    lengths,
+                    topk=topk,
+                    attention=bool(self._csa_layers),
+                    choices=given,
+                    gauges=gauges,
+                    recompute=r.recompute,
+                )
                 with clock("forward"):
                     out, batch = packed.run(self.model, watch)
                     head = self.model.head.weight
@@ -279,8 +289,10 @@ class Trainer:
             ConfigError: it is of a run with other rules, other sources or another model.
         """
         mine = self.saved().state
+        defaults = asdict(Rules(Schedule(self.rules.schedule.steps)))
+        theirs = {**saved.state, "rules": _filled(saved.state["rules"], defaults) | {"recompute": self.rules.recompute}}
         for part in ("rules", "config", "sources"):
-            differing = _differences(mine[part], saved.state[part])
+            differing = _differences(mine[part], theirs[part])
             if differing:
                 raise ConfigError(
                     f"the checkpoint was made under other {part} ({', '.join(differing)}): resume with its own,"
@@ -309,6 +321,15 @@ class Trainer:
         """
         self.resume(saved)
         self.anticipating = steps
+
+
+def _filled(values: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """Rules of a checkpoint, with the defaults of those that it does not know yet."""
+    missing = {key: default for key, default in defaults.items() if key not in values}
+    return missing | {
+        key: _filled(value, defaults.get(key, {})) if isinstance(value, Mapping) else value
+        for key, value in values.items()
+    }
 
 
 def _differences(mine: Any, theirs: Any, path: str = "") -> list[str]:

@@ -22,6 +22,7 @@ class Watch(Recorder):
         attention: collect the indexers' losses.
         choices: expert numbers [T, K] for some routers to take in place of their own choice.
         gauges: to be shown what CSA layers read.
+        recompute: blocks run again on the way back, and so do the steps of the indexers' losses.
 
     Attributes:
         loads: of each router that chooses by score, tokens that each expert got, [E].
@@ -38,9 +39,11 @@ class Watch(Recorder):
         attention: bool = False,
         choices: Mapping[nn.Module, Tensor] | None = None,
         gauges: Gauges | None = None,
+        recompute: bool = False,
     ):
         self.topk = topk
         self.watches_attention = attention
+        self.recompute = recompute
         self.loads: dict[Gate, Tensor] = {}
         self.chosen: dict[nn.Module, Tensor] = {}
         self.balance = torch.zeros(())
@@ -48,6 +51,15 @@ class Watch(Recorder):
         self._gauges = gauges
         self._lengths = lengths
         self._choices = choices or {}
+
+    def again(self) -> Watch:
+        return Watch(
+            self._lengths,
+            topk=self.topk,
+            attention=self.watches_attention,
+            choices=self._choices,
+            recompute=self.recompute,
+        )
 
     def choice(self, gate: nn.Module) -> Tensor | None:
         return self._choices.get(gate)
@@ -61,6 +73,6 @@ class Watch(Recorder):
         self.balance = self.balance + balance_loss(logits_TE, chosen_TK, self._lengths)
 
     def attended(self, layer: nn.Module, seen: Attended) -> None:
-        self.index = self.index + index_loss(seen)
+        self.index = self.index + index_loss(seen, recompute=self.recompute)
         if self._gauges is not None:
             self._gauges.add(seen)
