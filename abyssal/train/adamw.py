@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from abyssal.quant.precision import wide
+from abyssal.train.world import World, local
 
 
 @dataclass(frozen=True)
@@ -32,9 +33,13 @@ class AdamW:
     Args:
         params: of any shape.
         rule: the numbers.
+        world: the processes that the parameters are spread over.
     """
 
-    def __init__(self, params: Mapping[str, nn.Parameter], rule: AdamWRule | None = None):
+    def __init__(
+        self, params: Mapping[str, nn.Parameter], rule: AdamWRule | None = None, world: World | None = None
+    ):
+        self.world = world or World()
         self.params = dict(params)
         self.rule = rule or AdamWRule()
         self.first = {name: torch.zeros_like(wide(p.detach())) for name, p in self.params.items()}
@@ -58,16 +63,17 @@ class AdamW:
             if p.grad is None:
                 continue
             speed = (own or {}).get(name, rate)
-            grad = wide(p.grad)
+            grad, held = wide(local(p.grad)), local(p)
             self.steps[name] += 1
             done = int(self.steps[name])
-            first = self.first[name].lerp_(grad, 1 - one)
-            second = self.second[name].mul_(two).addcmul_(grad, grad, value=1 - two)
+            first = local(self.first[name]).lerp_(grad, 1 - one)
+            second = local(self.second[name]).mul_(two).addcmul_(grad, grad, value=1 - two)
             root = second.sqrt().div_((1 - two**done) ** 0.5).add_(self.rule.eps)
             update = first.div(root).div_(1 - one**done)
-            p.mul_(1 - speed * self.rule.decay).sub_(update, alpha=speed)
+            held.mul_(1 - speed * self.rule.decay).sub_(update, alpha=speed)
             squares += float(update.square().sum())
             count += update.numel()
+        squares, count = self.world.sum(torch.tensor([squares, count], dtype=torch.float64)).tolist()
         return (squares / max(count, 1)) ** 0.5
 
     def state_dict(self) -> dict[str, Tensor]:

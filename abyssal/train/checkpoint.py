@@ -2,8 +2,11 @@
 
     RUN/step_00001200/model.safetensors    float32 masters, router bias and tables among them
                       optim.safetensors    buffers of the optimisers, named like the parameters
-                      state.json           the rest, and the SHA-256 of both files
+                      state.json           the rest, and the SHA-256 of all other files
     RUN/latest                             the name of the last one that is whole
+
+Several processes write torch's Distributed Checkpoint (`*.distcp` and `.metadata`) in place of the safetensors
+files, with the entries `model.NAME` and `optim.NAME`; any number of processes reads both.
 """
 
 from __future__ import annotations
@@ -98,13 +101,23 @@ def save(run: Path, step: int, saved: Saved, kept: int = KEPT) -> Path:
         _write_tensors(aside / MODEL, saved.model)
         _write_tensors(aside / OPTIM, saved.optim)
         digests = {name: sha256_of(aside / name) for name in (MODEL, OPTIM)}
-        write_json(aside / STATE, {**saved.state, "made_with": made_with(), "sha256": digests})
+        write_state(aside, saved.state, digests)
+    name_latest(run, folder, kept)
+    return folder
+
+
+def write_state(folder: Path, state: Mapping[str, Any], digests: Mapping[str, str]) -> None:
+    """Write `state.json` beside the files with these digests."""
+    write_json(folder / STATE, {**state, "made_with": made_with(), "sha256": digests})
+
+
+def name_latest(run: Path, folder: Path, kept: int = KEPT) -> None:
+    """Name a whole checkpoint as the latest, and remove all but the last ones."""
     write_bytes(run / LATEST, f"{folder.name}\n".encode())
     # and what a killed process left half written
     for old in (*sorted(run.glob("step_????????"))[:-kept], *run.glob(".step_*")):
         if old != folder:
             shutil.rmtree(old, ignore_errors=True)
-    return folder
 
 
 def latest(run: Path) -> Path | None:
@@ -123,18 +136,57 @@ def latest(run: Path) -> Path | None:
     return folder
 
 
-def load(folder: Path) -> Saved:
-    """Read a checkpoint.
+def read_state(folder: Path, part: slice = slice(None)) -> dict[str, Any]:
+    """`state.json`, after checking the files beside it.
 
+    Args:
+        folder: of a checkpoint.
+        part: which of the files to check, where several processes share the work.
     Raises:
         CheckpointError: a file is missing, or is not what was written.
     """
     try:
         state = json.loads((folder / STATE).read_bytes())
-        digests = state["sha256"]
-        for name in (MODEL, OPTIM):
-            if sha256_of(folder / name) != digests[name]:
+        for name, digest in sorted(state["sha256"].items())[part]:
+            if sha256_of(folder / name) != digest:
                 raise CheckpointError(f"{folder / name} is not what was saved: its SHA-256 differs; take another step")
-        return Saved(load_file(folder / MODEL), load_file(folder / OPTIM), state)
-    except (OSError, ValueError, KeyError, TypeError, safetensors.SafetensorError) as error:
-        raise CheckpointError(f"{folder} is no whole checkpoint: {error}; take another step") from error
+        return state
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise _broken(folder, error) from error
+
+
+def _broken(folder: Path, error: Exception) -> CheckpointError:
+    return CheckpointError(f"{folder} is no whole checkpoint: {error}; take another step")
+
+
+def load(folder: Path) -> Saved:
+    """Read a checkpoint, all of it into this process, whoever wrote it.
+
+    Raises:
+        CheckpointError: a file is missing, or is not what was written.
+    """
+    state = read_state(folder)
+    try:
+        if MODEL in state["sha256"]:
+            return Saved(load_file(folder / MODEL), load_file(folder / OPTIM), state)
+    except (OSError, safetensors.SafetensorError) as error:
+        raise _broken(folder, error) from error
+    from abyssal.train.parallel.whole import read_whole  # torch's part of it takes seconds to import
+
+    return apart(read_whole(folder), state)
+
+
+def joint(saved: Saved) -> dict[str, Tensor]:
+    """All tensors under the keys of a distributed checkpoint: `model.NAME` and `optim.NAME`."""
+    return {f"model.{name}": x.detach() for name, x in saved.model.items()} | {
+        f"optim.{name}": x for name, x in saved.optim.items()
+    }
+
+
+def apart(tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> Saved:
+    """The way back."""
+    model, optim = (
+        {key.removeprefix(head): x for key, x in tensors.items() if key.startswith(head)}
+        for head in ("model.", "optim.")
+    )
+    return Saved(model, optim, state)

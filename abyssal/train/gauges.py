@@ -26,9 +26,9 @@ class Gauges:
     ratio: int
     topk: int
     found: float = 0.0
-    sought: int = 0
+    sought: float = 0.0
     sink: float = 0.0
-    heads: int = 0
+    heads: float = 0.0
 
     @torch.no_grad()
     def add(self, seen: Attended) -> None:

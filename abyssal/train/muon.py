@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from abyssal.quant.precision import wide
+from abyssal.train.world import World, local
 
 Triple = tuple[float, float, float]
 # eight steps bring the singular values near 1, two settle them there
@@ -73,13 +74,19 @@ class Muon:
         params: matrices [n, m], or stacks [E, n, m] of independent ones.
         parts: for a matrix that is several, one above the other, how many; it is split before it is orthogonalised.
         rule: the numbers.
+        world: the processes that the parameters are spread over; each matrix is orthogonalised on one of them.
     Raises:
         ValueError: a parameter is no matrix, or does not split into so many parts.
     """
 
     def __init__(
-        self, params: Mapping[str, nn.Parameter], parts: Mapping[str, int] | None = None, rule: MuonRule | None = None
+        self,
+        params: Mapping[str, nn.Parameter],
+        parts: Mapping[str, int] | None = None,
+        rule: MuonRule | None = None,
+        world: World | None = None,
     ):
+        self.world = world or World()
         self.params = dict(params)
         self.rule = rule or MuonRule()
         self.parts = dict(parts or {})
@@ -100,29 +107,48 @@ class Muon:
         Returns:
             root mean square of the update before the rate, over all values updated; 0 without any.
         """
-        stacks: dict[tuple[int, int], list[tuple[str, Tensor]]] = {}
+        shapes: dict[tuple[int, int], dict[str, Tensor]] = {}
         for name, p in self.params.items():
             if p.grad is None:
                 continue
-            grad = wide(p.grad)
-            self.momentum[name].mul_(self.rule.momentum).add_(grad)
-            ahead = torch.add(grad, self.momentum[name], alpha=self.rule.momentum)  # Nesterov
-            ahead = ahead.unflatten(-2, (self.parts.get(name, 1), -1)).flatten(0, -3)
-            lying = ahead if ahead.shape[-2] <= ahead.shape[-1] else ahead.mT
-            stacks.setdefault((lying.shape[-2], lying.shape[-1]), []).append((name, lying))
+            grad, momentum = wide(local(p.grad)), local(self.momentum[name])
+            momentum.mul_(self.rule.momentum).add_(grad)
+            ahead = torch.add(grad, momentum, alpha=self.rule.momentum)  # Nesterov
+            rows, columns = self._matrix(name)
+            shapes.setdefault((min(rows, columns), max(rows, columns)), {})[name] = ahead
         squares, count = 0.0, 0
-        for (_, longest), members in stacks.items():
+        for (_, longest), aheads in shapes.items():
             gain = longest**0.5 * self.rule.rms
-            stack = torch.cat([lying for _, lying in members])
-            updates = orthogonalise(stack, self.rule.steps, self.rule.dtype).split([len(x) for _, x in members])
-            for (name, _), update in zip(members, updates, strict=True):
-                p = self.params[name]
-                rows = p.shape[-2] // self.parts.get(name, 1)
-                update = (update if rows <= p.shape[-1] else update.mT).reshape(p.shape)
-                p.mul_(1 - rate * self.rule.decay).sub_(update, alpha=rate * gain)
+            updates = self.world.scatter(self._orthogonal(aheads), {name: self.params[name] for name in aheads})
+            for name, update in updates.items():
+                held = local(self.params[name])
+                held.mul_(1 - rate * self.rule.decay).sub_(update, alpha=rate * gain)
                 squares += gain**2 * float(update.square().sum())
                 count += update.numel()
+        squares, count = self.world.sum(torch.tensor([squares, count], dtype=torch.float64)).tolist()
         return (squares / max(count, 1)) ** 0.5
+
+    def _matrix(self, name: str) -> tuple[int, int]:
+        """Rows and columns of each matrix of a parameter."""
+        *_, rows, columns = self.params[name].shape
+        return rows // self.parts.get(name, 1), columns
+
+    def _orthogonal(self, aheads: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Updates of parameters whose matrices have one shape, those that are whole on this process, in one stack."""
+        wholes = self.world.gather(aheads, self.params)
+        if not wholes:
+            return {}
+        lying = []
+        for name, whole in wholes.items():
+            rows, columns = self._matrix(name)
+            matrices = whole.unflatten(-2, (-1, rows)).flatten(0, -3)
+            lying.append(matrices if rows <= columns else matrices.mT)
+        stack = orthogonalise(torch.cat(lying), self.rule.steps, self.rule.dtype)
+        updates = {}
+        for (name, whole), update in zip(wholes.items(), stack.split([len(x) for x in lying]), strict=True):
+            rows, columns = self._matrix(name)
+            updates[name] = (update if rows <= columns else update.mT).reshape(whole.shape)
+        return updates
 
     def state_dict(self) -> dict[str, Tensor]:
         """The buffers, as `<parameter>.momentum`; they are not copied."""

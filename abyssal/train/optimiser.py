@@ -12,6 +12,7 @@ from abyssal.model.compressor import Compressor
 from abyssal.model.linear import GroupedLinear
 from abyssal.train.adamw import AdamW, AdamWRule
 from abyssal.train.muon import Muon, MuonRule
+from abyssal.train.world import World
 
 SMALL = 10**9  # parameters below which router, mHC projections and `ape` go to AdamW too
 
@@ -68,16 +69,23 @@ class Optimiser:
     Args:
         model: unpacked; the router's bias records none and gets no optimiser.
         muon, adamw: the numbers of each.
+        world: the processes that the model is spread over.
     """
 
-    def __init__(self, model: Transformer, muon: MuonRule | None = None, adamw: AdamWRule | None = None):
+    def __init__(
+        self,
+        model: Transformer,
+        muon: MuonRule | None = None,
+        adamw: AdamWRule | None = None,
+        world: World | None = None,
+    ):
         small = model.size < SMALL
         named = {name: p for name, p in model.named_parameters() if p.requires_grad}
         others = {name: p for name, p in named.items() if takes_adamw(name, p, small)}
         matrices = {name: p for name, p in named.items() if name not in others}
         parts = {name: count for name, count in parts_of(model).items() if name in matrices}
-        self.muon = Muon(matrices, parts, muon)
-        self.adamw = AdamW(others, adamw)
+        self.muon = Muon(matrices, parts, muon, world)
+        self.adamw = AdamW(others, adamw, world)
 
     @property
     def params(self) -> list[nn.Parameter]:

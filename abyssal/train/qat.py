@@ -15,6 +15,7 @@ from abyssal.kernels.linear import dequantise
 from abyssal.model import Transformer
 from abyssal.quant.fp4 import quantise_fp4
 from abyssal.quant.fp8 import quantise_fp8
+from abyssal.train.world import is_spread, local
 
 FORMATS = frozenset({"fp4", "fp8", "plain"})
 
@@ -56,9 +57,28 @@ def quantised(model: Transformer, formats: Collection[str] = FORMATS) -> Iterato
         with torch.no_grad():
             for name, p in model.named_parameters():
                 if name in specs and specs[name].format in formats:
-                    masters.append((p, p.data))
-                    p.data = as_released(p.data, specs[name])
+                    masters.append((p, _replace(p, as_released_part(p.detach(), specs[name]))))
         yield
     finally:
         for p, master in masters:
-            p.data = master
+            _replace(p, master)
+
+
+def as_released_part(p: Tensor, spec: TensorSpec) -> Tensor:
+    """This process's part of the released values of a parameter."""
+    if is_spread(p) and spec.format == "fp8":  # tiles reach over the rows of several processes
+        from abyssal.train.parallel.parts import part_of, whole
+
+        return part_of(as_released(whole(p), spec), p)
+    return as_released(local(p), spec)
+
+
+def _replace(p: torch.nn.Parameter, values: Tensor) -> Tensor:
+    """Put values in place of this process's part of a parameter; what was there."""
+    if not is_spread(p):
+        before, p.data = p.data, values
+        return before
+    held = local(p.detach())  # others know its memory, so it is written to
+    before = held.clone()
+    held.copy_(values)
+    return before

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import threading
 import time
@@ -68,7 +69,7 @@ def run(
         folder: of the run; made if it is not there.
         seconds: between checkpoints.
         every: also after so many steps.
-        show: called with each line.
+        show: called with each line, on the first process of the run.
         anticipation: steps of anticipatory routing after a spike.
     Returns:
         True at the end of the schedule, False after SIGTERM.
@@ -78,33 +79,36 @@ def run(
         RunError: the loss spikes again at a step from which the run went back already.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    last = checkpoint.latest(folder)
+    world = trainer.world
+    last = world.first(checkpoint.latest(folder))
     if last is not None:
-        trainer.resume(checkpoint.load(last))
+        trainer.resume(world.load(last, trainer.saved()))
     else:  # a full disk or a forbidden folder shows now, and a first spike has somewhere to go back to
-        checkpoint.save(folder, trainer.step_number, trainer.saved())
-    _cut_metrics(folder / METRICS, trainer.step_number)
+        world.save(folder, trainer.step_number, trainer.saved())
+    noted = folder / METRICS if world.rank == 0 else Path(os.devnull)
+    if world.rank == 0:
+        _cut_metrics(noted, trainer.step_number)
     spiked, saved_at = -1, time.monotonic()
-    with _term() as ended, (folder / METRICS).open("a", encoding="utf-8") as metrics:
-        while trainer.step_number < trainer.rules.schedule.steps and not ended.is_set():
+    with _term() as ended, noted.open("a", encoding="utf-8") as metrics:
+        while trainer.step_number < trainer.rules.schedule.steps and not world.any(ended.is_set()):
             line = trainer.step()
             metrics.write(json.dumps(line) + "\n")
             metrics.flush()
-            if show is not None:
+            if show is not None and world.rank == 0:
                 show(line)
             if line["verdict"] == Verdict.ROLL_BACK.value:
                 if line["step"] <= spiked:
                     raise RunError(f"the loss spikes again at step {line['step']}: lower the rates of the recipe")
                 spiked = line["step"]
-                before = checkpoint.latest(folder)
+                before = world.first(checkpoint.latest(folder))
                 assert before is not None
-                trainer.go_back(checkpoint.load(before), anticipation)
+                trainer.go_back(world.load(before, trainer.saved()), anticipation)
                 continue
             due = every is not None and trainer.step_number % every == 0
-            if due or time.monotonic() - saved_at >= seconds:
-                checkpoint.save(folder, trainer.step_number, trainer.saved())
+            if world.any(due or time.monotonic() - saved_at >= seconds):
+                world.save(folder, trainer.step_number, trainer.saved())
                 saved_at = time.monotonic()
-        last = checkpoint.latest(folder)
+        last = world.first(checkpoint.latest(folder))
         if last is None or last.name != checkpoint.name_of(trainer.step_number):
-            checkpoint.save(folder, trainer.step_number, trainer.saved())
+            world.save(folder, trainer.step_number, trainer.saved())
     return trainer.step_number >= trainer.rules.schedule.steps

@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -28,6 +29,7 @@ from abyssal.train.qat import quantised
 from abyssal.train.schedule import Schedule
 from abyssal.train.spikes import SpikeWatch, Verdict
 from abyssal.train.watch import Watch
+from abyssal.train.world import World, local
 
 CSA = 4  # tokens of a block whose indexer learns
 ANTICIPATION = 500  # steps of anticipatory routing after a spike
@@ -112,19 +114,37 @@ class Trainer:
         data: where the next sequences come from.
         rules: the numbers.
         sources: what the data is made of, as JSON: a checkpoint of others is refused.
+        world: the processes of the run, which share the passes of each step; this one alone by default. All have
+            the same model, data and rules at the start.
 
     Attributes:
         step_number: steps that are done.
         tokens: tokens that the model has read.
         anticipating: steps of anticipatory routing that are left: experts are those that the parameters before the
             last update chose, weights those of the current ones, so that router and experts do not drive each other.
+
+    Raises:
+        ConfigError: the passes of a step, or the experts, do not share out over the processes.
     """
 
-    def __init__(self, model: Transformer, data: Mixture, rules: Rules, sources: Mapping[str, Any] | None = None):
+    def __init__(
+        self,
+        model: Transformer,
+        data: Mixture,
+        rules: Rules,
+        sources: Mapping[str, Any] | None = None,
+        world: World | None = None,
+    ):
         self.model, self.data, self.rules = model, data, rules
         self.sources = dict(sources or {})
+        self.world = world or World()
+        if rules.passes % self.world.size:
+            raise ConfigError(
+                f"passes = {rules.passes} do not share out over {self.world.size} processes: make it a multiple"
+            )
+        self.world.spread(model)
         dtype = torch.bfloat16 if rules.bfloat16_muon else torch.float32
-        self.optimiser = Optimiser(model, MuonRule(dtype=dtype), AdamWRule())
+        self.optimiser = Optimiser(model, MuonRule(dtype=dtype), AdamWRule(), self.world)
         self.spikes = SpikeWatch()
         self.step_number = 0
         self.tokens = 0
@@ -164,10 +184,11 @@ class Trainer:
             self.anticipating -= 1
         if self.anticipating:
             with clock("ahead"):
-                self._ahead = [(packed, self._choices(packed)) for packed in self._packs(step + 1)]
+                packs = self._packs(step + 1)
+                choices = {id(packed): self._choices(packed) for packed in self.world.share(packs)}
+                self._ahead = [(packed, choices.get(id(packed), {})) for packed in packs]
         with clock("update"):
-            norm = float(nn.utils.clip_grad_norm_(self._others, r.clip))
-            index_norm = float(nn.utils.clip_grad_norm_(self._indexers, r.clip)) if self._indexers else 0.0
+            norm, index_norm = (self.world.clip(params, r.clip) for params in (self._others, self._indexers))
             verdict = self.spikes.judge(losses["loss"], norm + index_norm)
             factor = r.schedule.rate(step)
             updates = {"muon": 0.0, "adamw": 0.0}
@@ -177,7 +198,7 @@ class Trainer:
                 for name, load_E in loads.items():
                     move_bias(self._gates[name], load_E, r.schedule.bias_step(step))
             self.model.zero_grad()
-            squares = [p.detach().square().sum() for p in self.optimiser.params]
+            squares = [local(p.detach()).square().sum() for p in self.optimiser.params]
         tokens = sum(packed.tokens for packed, _ in work)
         self.step_number += 1
         self.tokens += tokens
@@ -189,7 +210,7 @@ class Trainer:
             "grad_norm": norm,
             "index_grad_norm": index_norm,
             "update_rms": updates,
-            "param_norm": float(torch.stack(squares).sum().sqrt()),
+            "param_norm": float(self.world.sum(torch.stack(squares).sum()).sqrt()),
             "max_violation": {name: max_violation(load_E) for name, load_E in loads.items()},
             "index_recall": gauges.recall,
             "sink_mass": gauges.sink_mass,
@@ -204,10 +225,15 @@ class Trainer:
         """What the routers choose with the parameters as they are."""
         watch = Watch(packed.lengths, topk=self._topk(packed))
         with quantised(self.model, self.rules.schedule.formats(self.step_number)):
-            out, batch = packed.run(self.model, watch)
-            if self.model.mtp:
-                self.model.draft(out.streams_TND, packed.targets_T, batch)
+            self.world.inside(lambda: self._hidden(packed, watch))
         return {name: watch.chosen[gate] for name, gate in self._gates.items() if gate.bias is not None}
+
+    def _hidden(self, packed: Pack, watch: Watch) -> tuple[Tensor, Tensor | None]:
+        """What the head reads of a pass, and of its MTP block."""
+        out, batch = packed.run(self.model, watch)
+        if not self.model.mtp:
+            return out.z_TD, None
+        return out.z_TD, self.model.draft(out.streams_TND, packed.targets_T, batch)[0]
 
     def _topk(self, packed: Pack) -> int | None:
         """How many blocks queries read; while selection is dense, a number that none exceeds."""
@@ -229,8 +255,19 @@ class Trainer:
         loads: dict[str, Tensor] = {}
         gauges = Gauges(CSA, r.topk or self.model.config.index_topk)
         names = {gate: name for name, gate in self._gates.items()}
+
+        def losses(packed: Pack, watch: Watch) -> tuple[Tensor, ...]:
+            z_TD, later_z_TD = self._hidden(packed, watch)
+            head = self.model.head.weight
+            main = cross_entropy(z_TD, head, packed.targets_T, packed.learned_T / targets)
+            draft = main.new_zeros(())
+            if later_z_TD is not None:
+                draft = cross_entropy(later_z_TD, head, packed.later_T, packed.later_learned_T / later)
+            # the weights of spec 3.3 and 3.4 are of one layer: sums over layers, means over all else
+            return main, draft, watch.balance / sequences, watch.index / queries
+
         with quantised(self.model, r.schedule.formats(step)):
-            for (packed, choices), lengths in zip(work, balanced, strict=True):
+            for (packed, choices), lengths in self.world.share(list(zip(work, balanced, strict=True))):
                 given: dict[nn.Module, Tensor] = {self._gates[name]: chosen for name, chosen in choices.items()}
                 topk = self._topk(packed)
                 watch = Watch(
@@ -242,25 +279,22 @@ class Trainer:
                     recompute=r.recompute,
                 )
                 with clock("forward"):
-                    out, batch = packed.run(self.model, watch)
-                    head = self.model.head.weight
-                    main = cross_entropy(out.z_TD, head, packed.targets_T, packed.learned_T / targets)
-                    draft = main.new_zeros(())
-                    if self.model.mtp:
-                        z_TD, _ = self.model.draft(out.streams_TND, packed.targets_T, batch)
-                        draft = cross_entropy(z_TD, head, packed.later_T, packed.later_learned_T / later)
-                    # the weights of spec 3.3 and 3.4 are of one layer: sums over layers, means over all else
-                    balance, index = watch.balance / sequences, watch.index / queries
+                    parts = self.world.inside(partial(losses, packed, watch))
+                    main, draft, balance, index = parts
                 with clock("backward"):
                     total = main + r.schedule.mtp_weight(step) * draft
                     total = total + r.balance * routers * balance + r.index * self._csa_layers * index
                     total.backward()
-                for name, value in zip(totals, (main, draft, balance, index), strict=True):
+                for name, value in zip(totals, parts, strict=True):
                     totals[name] += value.item()
                 for gate, load_E in watch.loads.items():
                     name = names[gate]
                     loads[name] = loads[name] + load_E if name in loads else load_E
-        return totals, loads, gauges
+        self.world.settle(max(length for packed in packs for length in packed.lengths))
+        counted = gauges.found, gauges.sought, gauges.sink, gauges.heads
+        sums = self.world.sum(torch.tensor([*totals.values(), *counted], dtype=torch.float64)).tolist()
+        gauges = Gauges(gauges.ratio, gauges.topk, *sums[len(totals) :])
+        return dict(zip(totals, sums, strict=False)), {n: self.world.sum(load_E) for n, load_E in loads.items()}, gauges
 
     def saved(self) -> Saved:
         """All of the trainer's state; tensors are not copied."""

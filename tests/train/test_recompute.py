@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 import torch
@@ -38,7 +38,9 @@ def learned(rules: Rules, choices: bool) -> tuple[dict[str, float], dict[str, Te
         with torch.no_grad():  # the choices are of other parameters, as after an update
             for gate in tiny._gates.values():
                 gate.weight.neg_()
-    losses, loads = tiny._learn(work, _Clock())  # type: ignore[arg-type]
+    losses, loads, gauges = tiny._learn(work, _Clock())  # type: ignore[arg-type]
+    assert gauges.heads > 0
+    losses |= {f"gauges.{name}": value for name, value in asdict(gauges).items() if value}
     return losses, loads, {n: p.grad for n, p in tiny.model.named_parameters() if p.grad is not None}
 
 

@@ -19,10 +19,12 @@ from abyssal.train.order import Mixture, Source
 from abyssal.train.run import run
 from abyssal.train.schedule import Schedule
 from abyssal.train.trainer import Rules, Trainer
+from abyssal.train.world import World
 
 STEPS = 20
 SCHEDULE = Schedule(STEPS, warmup=3, decay_from=0.5, dense_until=0.4, fp4_from=0.6, fp8_from=0.8)
 RULES = Rules(SCHEDULE, tokens=420, passes=2, length=128, topk=4, skip_share=0.5)
+SHORT = replace(RULES, schedule=replace(SCHEDULE, steps=10))  # all stages still
 SAVE_EVERY = 3
 
 
@@ -34,7 +36,7 @@ def documents(seed: int) -> list[np.ndarray]:
     ]
 
 
-def trainer(rules: Rules = RULES) -> Trainer:
+def trainer(rules: Rules = RULES, world: World | None = None) -> Trainer:
     config = replace(
         preset("nano"),
         vocab_size=97,
@@ -53,7 +55,7 @@ def trainer(rules: Rules = RULES) -> Trainer:
         moe_intermediate_size=32,
     )
     data = Mixture({n: Source(documents(i), i, 200) for i, n in enumerate("ab")}, {"a": 2, "b": 1})
-    return Trainer(initialise(Transformer(config), 0), data, rules)
+    return Trainer(initialise(Transformer(config), 0), data, rules, world=world)
 
 
 if __name__ == "__main__":
