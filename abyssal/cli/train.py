@@ -132,6 +132,31 @@ def score(
     print(json.dumps(found) if json_out else "\n".join(lines_of(found["suites"])))
 
 
+@train.command()
+def plan(
+    model: Annotated[str, typer.Argument(help="A preset, a config.json or a release folder.")],
+    gpus: Annotated[int, typer.Option(help="How many.")],
+    memory: Annotated[float, typer.Option(help="Of each, in GB.")] = 80.0,
+    tflops: Annotated[float, typer.Option(help="Peak of each for float32 products with TF32 inputs.")] = 495.0,
+    tokens: Annotated[int, typer.Option(help="Of a pass on one GPU.")] = 4096,
+    length: Annotated[int, typer.Option(help="Of a sequence.")] = 4096,
+    recompute: Annotated[bool, typer.Option(help="Run blocks again on the way back.")] = True,
+    mfu: Annotated[float, typer.Option(help="Share of the peak to assume.")] = 0.3,
+    json_out: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
+) -> None:
+    """Compute what training would need on many GPUs: memory, mesh, tokens per second. Nothing is measured."""
+    from dataclasses import asdict
+
+    from abyssal.cli.models import config_of
+    from abyssal.train.plan import Gpu
+    from abyssal.train.plan import plan as compute
+
+    gpu = Gpu(f"GPU of {memory:g} GB", memory * 1e9, tflops * 1e12)
+    found = compute(config_of(model), gpus, gpu=gpu, tokens=tokens, length=length, recompute=recompute, mfu=mfu)
+    made = {"computed": True, **asdict(found), "tokens_per_s": found.tokens_per_s}
+    print(json.dumps(made) if json_out else found.text())
+
+
 def _data_folder() -> Path:
     return home() / "train" / "data"
 

@@ -118,3 +118,11 @@ def test_a_score_is_one_object_and_a_plot(tmp_path: Path, monkeypatch: pytest.Mo
     assert "no plan 'huge'" in abyssal("train", "score", "--plan", "huge", code=2).stderr
     assert "no suite is called games" in abyssal("train", "score", "--suite", "games", code=2).stderr
     assert "bits per byte need" in abyssal("train", "score", "--suite", "bits", code=2).stderr
+
+
+def test_a_plan_is_computed_and_says_so() -> None:
+    assert abyssal("train", "plan", "flash", "--gpus", "256").stdout.startswith("computed, not measured: 256 x GPU")
+    found = json.loads(abyssal("train", "plan", "flash", "--gpus", "256", "--mfu", "0.5", "--json").stdout)
+    assert found["computed"] is True and found["gpus"] == 256
+    assert found["tokens_per_s"] == pytest.approx(0.5 * 495e12 * 256 / found["flops"])
+    assert "GPUs" in abyssal("train", "plan", "flash", "--gpus", "2", code=2).stderr
