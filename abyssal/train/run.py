@@ -83,6 +83,8 @@ def run(
     last = world.first(checkpoint.latest(folder))
     if last is not None:
         trainer.resume(world.load(last, trainer.saved()))
+        if world.rank == 0:  # a process killed at its last moment has not removed what is too old
+            checkpoint.name_latest(folder, last)
     else:  # a full disk or a forbidden folder shows now, and a first spike has somewhere to go back to
         world.save(folder, trainer.step_number, trainer.saved())
     noted = folder / METRICS if world.rank == 0 else Path(os.devnull)

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -45,6 +46,15 @@ def program(folder: Path) -> subprocess.Popen[bytes]:
 def same_bits(a: Path, b: Path) -> bool:
     names = checkpoint.MODEL, checkpoint.OPTIM
     return all((a / name).read_bytes() == (b / name).read_bytes() for name in names)
+
+
+def test_a_finished_run_that_goes_on_removes_what_is_too_old(tmp_path: Path) -> None:
+    """As when it was killed between naming the last checkpoint and removing the third last."""
+    assert run(trainer(), tmp_path, every=SAVE_EVERY)
+    kept = sorted(path.name for path in tmp_path.glob("step_*"))
+    shutil.copytree(tmp_path / kept[0], tmp_path / "step_00000001")
+    assert run(trainer(), tmp_path, every=SAVE_EVERY)
+    assert sorted(path.name for path in tmp_path.glob("step_*")) == kept
 
 
 def test_a_killed_run_ends_with_the_bits_of_one_that_was_not(tmp_path: Path) -> None:

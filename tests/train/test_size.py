@@ -17,6 +17,7 @@ from abyssal.train.export import export
 from abyssal.train.recipe import read_recipe, trainer_of
 from abyssal.train.run import run
 
+pytestmark = pytest.mark.timeout(1500)  # the training is part of the first test
 COUNT, CHUNK = 48, 1024
 FAR = 65_536  # where reading everything drowns what is sought
 
