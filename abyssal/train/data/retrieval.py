@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import numpy as np
@@ -167,13 +167,7 @@ class Retrieval:
         # facts that are not asked for give way where the text is too short for all
         others = _fitting([fact for fact in facts if fact not in asked], costs, room - _total(asked, costs))
         targets = {fact.key: self._target(rng, room - costs[fact.key], depth) for fact in asked}
-        targets |= {fact.key: rng.uniform(0, room - costs[fact.key]) for fact in others}
-        ordered = sorted([*asked, *others], key=lambda fact: targets[fact.key])
-        pieces, ends = self._laid(rng, before, ordered, targets, costs, room)
-        text = "".join(pieces).strip()
-        tokens = self.count(text)
-        distances = [max(tokens - ends[fact.key], 0) for fact in asked]
-        return Haystack(text, asked, questions_text, distances, tokens)
+        return self._woven(rng, asked, others, targets, before, costs, room, questions_text)
 
     def shared(
         self, rng: np.random.Generator, length: int, depths: Mapping[Kind, Sequence[float]]
@@ -207,14 +201,30 @@ class Retrieval:
             raise ValueError(f"{length} tokens have no room for {len(wanted)} facts: ask fewer, or take a longer text")
         others = _fitting(others, costs, length - _total(asked, costs))
         targets = {fact.key: depth * (length - costs[fact.key]) for fact, depth in zip(asked, wanted, strict=True)}
-        targets |= {fact.key: rng.uniform(0, length - costs[fact.key]) for fact in others}
-        ordered = sorted([*asked, *others], key=lambda fact: targets[fact.key])
-        pieces, ends = self._laid(rng, before, ordered, targets, costs, length)
-        text = "".join(pieces).strip()
-        tokens = self.count(text)
+        hay = self._woven(rng, asked, others, targets, before, costs, length)
         kinds = [kind for kind, places in depths.items() for _ in places]
         questions = [self._question(rng, kind, fact) for kind, fact in zip(kinds, asked, strict=True)]
-        return Haystack(text, asked, questions, [max(tokens - ends[fact.key], 0) for fact in asked], tokens)
+        return replace(hay, questions=questions)
+
+    def _woven(
+        self,
+        rng: np.random.Generator,
+        asked: list[Fact],
+        others: list[Fact],
+        targets: dict[str, float],
+        before: dict[str, str],
+        costs: dict[str, int],
+        room: int,
+        questions: Sequence[str] = (),
+    ) -> Haystack:
+        """Facts in prose of so many tokens: the asked ones at their targets, the others anywhere."""
+        targets = targets | {fact.key: rng.uniform(0, room - costs[fact.key]) for fact in others}
+        ordered = sorted([*asked, *others], key=lambda fact: targets[fact.key])
+        pieces, ends = self._laid(rng, before, ordered, targets, costs, room)
+        text = "".join(pieces).strip()
+        tokens = self.count(text)
+        distances = [max(tokens - ends[fact.key], 0) for fact in asked]
+        return Haystack(text, asked, list(questions), distances, tokens)
 
     def _meta(self, hay: Haystack, depth: float | None) -> dict[str, object]:
         return {

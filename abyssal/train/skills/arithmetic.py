@@ -4,28 +4,19 @@ from __future__ import annotations
 
 import re
 import statistics
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 from abyssal.train.data.arithmetic import KINDS, Arithmetic
-from abyssal.train.data.example import MODES, Example, ThinkingMode
+from abyssal.train.data.example import MODES, ThinkingMode
 from abyssal.train.data.pools import seeded
 from abyssal.train.skills.asking import Bench, Reply, ask
+from abyssal.train.skills.cases import Case
 from abyssal.train.skills.plan import Plan
 from abyssal.train.skills.rates import Row, counts, rates
 
 MOST: dict[ThinkingMode, int] = {"non-think": 32, "think-high": 256, "think-max": 1536}  # tokens of an answer
 ANSWER = re.compile(r"The answer is: (-?\d+)")
-
-
-@dataclass(frozen=True)
-class Problem:
-    """A problem in one mode."""
-
-    id: str
-    example: Example
-    mode: ThinkingMode
 
 
 def score_arithmetic(bench: Bench, plan: Plan, seed: int = 0) -> dict[str, Any]:
@@ -48,14 +39,14 @@ def score_arithmetic(bench: Bench, plan: Plan, seed: int = 0) -> dict[str, Any]:
     }
 
 
-def problems(count: int, mode: ThinkingMode, seed: int = 0) -> list[Problem]:
+def problems(count: int, mode: ThinkingMode, seed: int = 0) -> list[Case]:
     """So many problems, sums and stories in turn; the same ones in every mode."""
     maker = Arithmetic("held_out")
     found = []
     for number in range(count):
         rng = seeded("arithmetic", "held_out", number, seed)
         example = maker.generate(rng, kind=KINDS[number % len(KINDS)], mode=mode)
-        found.append(Problem(f"arithmetic/{mode}/{number}", example, mode))
+        found.append(Case(f"arithmetic/{mode}/{number}", example))
     return found
 
 
@@ -68,13 +59,13 @@ def outcome_of(target: str, reply: Reply) -> str:
     return "right" if found.group(1) == target else "wrong"
 
 
-async def _judged(bench: Bench, problem: Problem) -> Row:
-    example = problem.example
-    reply = await ask(bench.completer, example.messages[:1], problem.mode, MOST[problem.mode])
+async def _judged(bench: Bench, case: Case) -> Row:
+    example, mode = case.example, case.example.thinking_mode
+    reply = await ask(bench.completer, example.messages[:1], mode, MOST[mode])
     outcome = outcome_of(example.meta["targets"][-1], reply)
     return {
         "kind": example.source,
-        "mode": problem.mode,
+        "mode": mode,
         "operations": example.meta["operations"],
         "passed": outcome == "right",
         "outcome": outcome,

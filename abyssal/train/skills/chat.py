@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterable, Set
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -13,9 +12,10 @@ from abyssal.encoding.literals import SPECIAL_TOKENS
 from abyssal.train.data.conversation import COUNTS, KINDS, Chat
 from abyssal.train.data.example import Example
 from abyssal.train.data.phrases import PHRASES
-from abyssal.train.data.pools import WORDS, seeded
+from abyssal.train.data.pools import WORDS
 from abyssal.train.data.values import table
 from abyssal.train.skills.asking import Bench, Reply, ask
+from abyssal.train.skills.cases import Case, cases
 from abyssal.train.skills.plan import Plan
 from abyssal.train.skills.rates import Row, rate_of, rates
 
@@ -25,14 +25,6 @@ WORD = re.compile(r"[a-z]+(?:'[a-z]+)?")
 SEEN = 2  # times that a word of the corpus must occur, since misspelt ones stand there too
 RUN, LOOP = 4, 3  # so many words in a row, so often, are a loop
 SIGNS = ("capital", "full_stop", "no_marks", "no_loop", "known_words", "ended")
-
-
-@dataclass(frozen=True)
-class Talk:
-    """A conversation of which the model gives the last reply."""
-
-    id: str
-    example: Example
 
 
 def score_chat(bench: Bench, plan: Plan, corpus: Iterable[str] = (), seed: int = 0) -> dict[str, Any]:
@@ -55,17 +47,9 @@ def score_chat(bench: Bench, plan: Plan, corpus: Iterable[str] = (), seed: int =
     }
 
 
-def talks(count: int, seed: int = 0) -> list[Talk]:
-    """So many conversations of each kind, in non-think."""
-    maker = Chat("held_out")
-    return [
-        Talk(
-            f"chat/{kind}/{number}",
-            maker.generate(seeded(f"chat {kind}", "held_out", number, seed), kind=kind, mode="non-think"),
-        )
-        for kind in KINDS
-        for number in range(count)
-    ]
+def talks(count: int, seed: int = 0) -> list[Case]:
+    """So many conversations of each kind."""
+    return cases("chat", Chat("held_out"), KINDS, count, seed)
 
 
 def known_words(corpus: Iterable[str]) -> frozenset[str]:
@@ -116,17 +100,17 @@ def _right_members(asked: str, text: str) -> bool:
     return sum(bool(re.search(rf"\b{re.escape(member)}\b", text, re.I)) for member in members) == count
 
 
-async def _judged(bench: Bench, known: Set[str], talk: Talk) -> Row:
-    messages = talk.example.messages[:-1]
+async def _judged(bench: Bench, known: Set[str], case: Case) -> Row:
+    messages = case.example.messages[:-1]
     reply = await ask(bench.completer, messages, "non-think", MOST)
     signs = signs_of(reply, known, " ".join(message["content"] for message in messages))
     return {
-        "kind": talk.example.source,
-        "passed": right(talk.example, reply),
+        "kind": case.example.source,
+        "passed": right(case.example, reply),
         "grammatical": all(signs.values()),
         "signs": signs,
         "asked": messages[-1]["content"],
-        "target": talk.example.meta["targets"][-1],
+        "target": case.example.meta["targets"][-1],
         "reply": reply.to_json(),
     }
 
