@@ -11,6 +11,37 @@ LINE_EVERY_S = 10.0
 SHOW_AFTER_S = 1.0  # short work shows nothing
 
 
+class StatusLine:
+    """A line on stderr that is drawn anew in its place on a terminal; elsewhere each one stays.
+
+    Attributes:
+        terminal: whether stderr is one.
+    """
+
+    def __init__(self) -> None:
+        self.terminal = sys.stderr.isatty()
+        self._drawn = False
+
+    def show(self, text: str) -> None:
+        """Draw it."""
+        if self.terminal:
+            print(f"\r\x1b[K{text}", end="", file=sys.stderr, flush=True)
+            self._drawn = True
+        else:
+            print(text, file=sys.stderr, flush=True)
+
+    def clear(self) -> None:
+        """Take away what stands there."""
+        if self._drawn:
+            print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+
+    def keep(self) -> None:
+        """Leave it, and go on below."""
+        if self._drawn:
+            print(file=sys.stderr, flush=True)
+            self._drawn = False
+
+
 class Progress:
     """Counts units of work; prints rate and time left.
 
@@ -25,8 +56,7 @@ class Progress:
         self.total, self.unit, self.label, self.silent = total, unit, label, silent
         self.done = 0
         self._begin = self._shown = time.monotonic()
-        self._terminal = sys.stderr.isatty()
-        self._drawn = False
+        self._line = StatusLine()
 
     def __enter__(self) -> Self:
         self._begin = self._shown = time.monotonic()
@@ -36,10 +66,10 @@ class Progress:
         """Add finished units; print when it is time."""
         self.done += count
         now = time.monotonic()
-        pause = 0.2 if self._terminal else LINE_EVERY_S
+        pause = 0.2 if self._line.terminal else LINE_EVERY_S
         if not self.silent and now - self._begin > SHOW_AFTER_S and now - self._shown >= pause:
             self._shown = now
-            self._print(self.text())
+            self._line.show(self.text())
 
     def text(self) -> str:
         """The line that is shown."""
@@ -53,15 +83,7 @@ class Progress:
             f" {rate / scale:,.1f} {unit}/s, {left:,.0f} s left"
         )
 
-    def _print(self, text: str) -> None:
-        if self._terminal:
-            print(f"\r\x1b[K{text}", end="", file=sys.stderr, flush=True)
-            self._drawn = True
-        else:
-            print(text, file=sys.stderr, flush=True)
-
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._drawn:
-            print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+        self._line.clear()

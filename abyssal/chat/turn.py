@@ -107,9 +107,7 @@ def completion_of(completer: Completer, request: ChatRequest, thinking: bool) ->
     )
 
 
-async def answer(
-    completer: Completer, request: ChatRequest, *, bound: bool = True
-) -> AsyncIterator[ChatEvent]:
+async def answer(completer: Completer, request: ChatRequest, *, bound: bool = True) -> AsyncIterator[ChatEvent]:
     """The events of a turn; the first is `Accepted`, the last `Usage`.
 
     Args:

@@ -12,9 +12,8 @@ from typing import Annotated, Any, cast
 import typer
 
 from abyssal.base.errors import InputError
+from abyssal.base.progress import LINE_EVERY_S, StatusLine
 from abyssal.cli.models import home
-
-LINE_SECONDS = 10.0  # between lines of progress where stderr is no terminal
 
 train = typer.Typer(help="Train models: data, pre-training, SFT, exports, reports.", no_args_is_help=True)
 
@@ -94,7 +93,6 @@ def report(run: Annotated[Path, typer.Argument(help="Folder of a run, finished o
     from abyssal.train.report import write_report
 
     print(write_report(run))
-
 
 
 @train.command()
@@ -206,7 +204,7 @@ class _Progress:
 
     def __init__(self, steps: int):
         self.steps = steps
-        self._terminal = sys.stderr.isatty()
+        self._line = StatusLine()
         self._shown = 0.0
         self._rate = 0.0  # seconds of a step, of late
 
@@ -214,7 +212,7 @@ class _Progress:
         seconds = sum(line["seconds"].values())
         self._rate = 0.9 * self._rate + 0.1 * seconds if self._rate else seconds
         now, last = time.monotonic(), line["step"] == self.steps
-        if not (self._terminal or last or now - self._shown >= LINE_SECONDS):
+        if not (self._line.terminal or last or now - self._shown >= LINE_EVERY_S):
             return
         self._shown = now
         left = int((self.steps - line["step"]) * self._rate)
@@ -224,5 +222,6 @@ class _Progress:
         )
         if line["verdict"] != "apply":
             text += f"  {line['verdict']}"
-        end = "\n" if not self._terminal or last else ""
-        print(f"\r{text}\x1b[K" if self._terminal else text, end=end, file=sys.stderr, flush=True)
+        self._line.show(text)
+        if last:
+            self._line.keep()

@@ -152,10 +152,11 @@ def read_state(folder: Path, part: slice = slice(None)) -> dict[str, Any]:
                 raise CheckpointError(f"{folder / name} is not what was saved: its SHA-256 differs; take another step")
         return state
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise _broken(folder, error) from error
+        raise broken(folder, error) from error
 
 
-def _broken(folder: Path, error: Exception) -> CheckpointError:
+def broken(folder: Path, error: BaseException) -> CheckpointError:
+    """What is raised where a checkpoint cannot be read."""
     return CheckpointError(f"{folder} is no whole checkpoint: {error}; take another step")
 
 
@@ -170,7 +171,7 @@ def load(folder: Path) -> Saved:
         if MODEL in state["sha256"]:
             return Saved(load_file(folder / MODEL), load_file(folder / OPTIM), state)
     except (OSError, safetensors.SafetensorError) as error:
-        raise _broken(folder, error) from error
+        raise broken(folder, error) from error
     from abyssal.train.parallel.whole import read_whole  # torch's part of it takes seconds to import
 
     return apart(read_whole(folder), state)

@@ -13,13 +13,15 @@ from __future__ import annotations
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+
+import tokenizers
 
 from abyssal.arch.config import ModelConfig
 from abyssal.arch.presets import preset
 from abyssal.base.errors import ConfigError, DataError
-from abyssal.base.files import sha256_of
 from abyssal.encoding.tokenizer import Tokenizer
 from abyssal.model import Transformer
 from abyssal.model.init import initialise
@@ -249,50 +251,72 @@ def trainer_of(recipe: Recipe, stage: str, data: Path, start: Path | None = None
         if saved.state["config"] != recipe.model.to_dict():
             raise ConfigError(f"{folder} holds another model than recipe {recipe.name}: give its {told.start}")
         model.load_state_dict(dict(saved.model))
-    sources = {name: _source(source, data, recipe.model.vocab_size) for name, source in told.sources.items()}
+    read = _Data(data, recipe.model.vocab_size)
+    sources = {name: read.source(source) for name, source in told.sources.items()}
     mixture = Mixture(sources, {name: source.weight for name, source in told.sources.items()})
-    about = {name: asdict(source) | _digests(source, data) for name, source in told.sources.items()}
+    about = {name: asdict(source) | read.digests(source) for name, source in told.sources.items()}
     return Trainer(model, mixture, told.rules, about)
 
 
-def _digests(told: SourceRecipe, data: Path) -> dict[str, Any]:
-    """What a checkpoint remembers of files, so that a run does not go on with others."""
-    if told.kind == "pairs":
-        return {}
-    tokenizer = {"tokenizer_sha256": sha256_of(data / "tokenizer.json")}
-    if told.kind != "tokens":
-        return tokenizer
-    manifest = TokenFile(data / told.file).manifest
-    return tokenizer | {key: manifest[key] for key in ("documents", "tokens", "bin_sha256", "licence")}
+class _Data:
+    """A folder that `data.prepare` filled; several sources share what is read of it."""
 
+    def __init__(self, folder: Path, vocab_size: int):
+        self.folder, self.vocab_size = folder, vocab_size
 
-def _source(told: SourceRecipe, data: Path, vocab_size: int) -> Source:
-    if told.kind == "pairs":
-        pairs = Pairs(told.ids or (0, vocab_size), told.roles, told.lengths)
-        return Source(Lookups(pairs, told.seed), told.seed, told.length)
-    tokenizer = Tokenizer(data)
-    if tokenizer.vocab_size != vocab_size:
-        found = tokenizer.vocab_size
-        raise DataError(f"{data} has a tokenizer of {found} ids, the model {vocab_size}: prepare it again")
-    documents: Documents
-    if told.kind == "tokens":
-        documents = TokenFile(data / told.file)
-    else:
-        filler = _filler(data) if told.domains.get("retrieval") else ()
+    def source(self, told: SourceRecipe) -> Source:
+        """A source at its beginning."""
+        return Source(self._documents(told), told.seed, told.length)
+
+    def digests(self, told: SourceRecipe) -> dict[str, Any]:
+        """What a checkpoint remembers of files, so that a run does not go on with others."""
+        if told.kind == "pairs":
+            return {}
+        tokenizer = {"tokenizer_sha256": self._plain[1]}
+        if told.kind != "tokens":
+            return tokenizer
+        manifest = self._file(told.file).manifest
+        return tokenizer | {key: manifest[key] for key in ("documents", "tokens", "bin_sha256", "licence")}
+
+    def _documents(self, told: SourceRecipe) -> Documents:
+        if told.kind == "pairs":
+            return Lookups(Pairs(told.ids or (0, self.vocab_size), told.roles, told.lengths), told.seed)
+        tokenizer = self._tokenizer
+        if told.kind == "tokens":
+            return self._file(told.file)
         mixture = Generators(
             lambda text: len(tokenizer.encode(text)),
             told.domains,
             seed=told.seed,
             lengths=told.lengths,
             questions=told.questions,
-            filler=filler,
+            filler=self._filler if told.domains.get("retrieval") else (),
         )
         if told.kind == "passages":
-            documents = Passages(mixture, load_tokenizer(data)[0], told.learn)
-        else:
-            documents = Conversations(mixture, tokenizer, told.learn)
-    return Source(documents, told.seed, told.length)
+            return Passages(mixture, self._plain[0], told.learn)
+        return Conversations(mixture, tokenizer, told.learn)
 
+    @cached_property
+    def _tokenizer(self) -> Tokenizer:
+        """The one that serves.
 
-def _filler(data: Path) -> list[str]:
-    return [sentence for text in read_corpus(data / "corpus", "prose") for sentence in sentences_of(text)]
+        Raises:
+            DataError: it is of another vocabulary than the model.
+        """
+        tokenizer = Tokenizer(self.folder)
+        if tokenizer.vocab_size != self.vocab_size:
+            found, wanted = tokenizer.vocab_size, self.vocab_size
+            raise DataError(f"{self.folder} has a tokenizer of {found} ids, the model {wanted}: prepare it again")
+        return tokenizer
+
+    @cached_property
+    def _plain(self) -> tuple[tokenizers.Tokenizer, str]:
+        """The same for plain documents, and its digest."""
+        return load_tokenizer(self.folder)
+
+    @cached_property
+    def _filler(self) -> list[str]:
+        return [sentence for text in read_corpus(self.folder / "corpus", "prose") for sentence in sentences_of(text)]
+
+    def _file(self, name: str) -> TokenFile:
+        return TokenFile(self.folder / name)

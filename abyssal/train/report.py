@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from abyssal.base.errors import CheckpointError
 from abyssal.base.files import write_bytes
 from abyssal.train import checkpoint
+from abyssal.train.leaves import leaves
 from abyssal.train.run import METRICS
 
 SCORES = "scores.json"
@@ -103,12 +104,12 @@ def card_of(run: Path) -> Card:
     results.append(("steps skipped or taken back", str(len(not_applied))))
     sections: list[tuple[str, Rows]] = [("Results", results)]
     if (run / SCORES).is_file():
-        sections.append(("Scores", list(_flat(json.loads((run / SCORES).read_bytes())))))
+        sections.append(("Scores", _flat(json.loads((run / SCORES).read_bytes()))))
     sections += [
         ("Data", [(name, _told(source)) for name, source in state["sources"].items()]),
-        ("Rules", list(_flat(state["rules"]))),
-        ("Model", list(_flat(state["config"]))),
-        ("Made with", list(_flat(state["made_with"]))),
+        ("Rules", _flat(state["rules"])),
+        ("Model", _flat(state["config"])),
+        ("Made with", _flat(state["made_with"])),
     ]
     marks = [
         (round(share * steps), name)
@@ -127,14 +128,8 @@ def _told(source: dict[str, Any]) -> str:
     return ", ".join(f"{key} {value}" for key, value in _flat(source) if value)
 
 
-def _flat(data: Any, head: str = "") -> Rows:
-    rows: list[tuple[str, str]] = []
-    for key, value in data.items():
-        if isinstance(value, dict):
-            rows += _flat(value, f"{head}{key}.")
-        else:
-            rows.append((f"{head}{key}", f"{value:.4g}" if isinstance(value, float) else str(value)))
-    return rows
+def _flat(table: dict[str, Any]) -> Rows:
+    return [(name, f"{value:.4g}" if isinstance(value, float) else str(value)) for name, value in leaves(table, ".")]
 
 
 def _duration(seconds: float) -> str:
@@ -176,8 +171,8 @@ def curves(card: Card) -> str:
     """The metrics over the steps, as SVG."""
     import matplotlib
 
-    matplotlib.use("svg")
-    from matplotlib import pyplot as plt
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
 
     lines = card.lines
     steps = np.array([line["step"] for line in lines])
@@ -193,8 +188,8 @@ def curves(card: Card) -> str:
         ),
         ("tokens per second", {"": _column(lines, "tokens_per_s")}, False),
     ]
-    with plt.rc_context({"font.size": 8, "svg.fonttype": "none", "svg.hashsalt": "abyssal"}):
-        figure, axes = plt.subplots(2, 3, figsize=(11, 5.6), layout="constrained")
+    with pyplot.rc_context({"font.size": 8, "svg.fonttype": "none", "svg.hashsalt": "abyssal"}):
+        figure, axes = pyplot.subplots(2, 3, figsize=(11, 5.6), layout="constrained")
         for axis, (title, columns, logarithmic) in zip(axes.flat, plots, strict=True):
             shown = False
             for label, values in columns.items():
@@ -218,7 +213,7 @@ def curves(card: Card) -> str:
             axis.set_xlabel("step")
         out = io.StringIO()
         figure.savefig(out, format="svg", metadata={"Date": None})
-        plt.close(figure)
+        pyplot.close(figure)
     return out.getvalue()
 
 

@@ -8,20 +8,19 @@ from pathlib import Path
 from typing import Any
 
 from abyssal.base.errors import InputError
+from abyssal.train.leaves import leaves
 
 Show = Callable[[dict[str, Any]], None]
 SINKS = ("tensorboard", "wandb")
 
 
-def flat(line: Mapping[str, Any], head: str = "") -> dict[str, float]:
+def flat(line: Mapping[str, Any]) -> dict[str, float]:
     """The numbers of a line of metrics, those of inner tables under "table/name"."""
-    found: dict[str, float] = {}
-    for key, value in line.items():
-        if isinstance(value, Mapping):
-            found |= flat(value, f"{head}{key}/")
-        elif isinstance(value, int | float) and not isinstance(value, bool):
-            found[f"{head}{key}"] = float(value)
-    return found
+    return {
+        name: float(value)
+        for name, value in leaves(line, "/")
+        if isinstance(value, int | float) and not isinstance(value, bool)
+    }
 
 
 @contextmanager

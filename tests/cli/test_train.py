@@ -12,20 +12,9 @@ import pytest
 
 from abyssal.train.recipe import names
 from tests.cli.test_commands import abyssal
+from tests.train.small import MODEL
 
-RECIPE = """
-[model]
-preset = "nano"
-vocab_size = 64
-hidden_size = 64
-num_hidden_layers = 3
-compress_ratios = [0, 4, 128, 0]
-num_attention_heads = 2
-head_dim = 64
-q_lora_rank = 32
-o_lora_rank = 32
-n_routed_experts = 4
-moe_intermediate_size = 32
+RECIPE = f"""{MODEL}vocab_size = 64
 
 [pretrain]
 tokens = 200

@@ -16,23 +16,9 @@ from abyssal.train.data.prepare import prepare
 from abyssal.train.generated import Conversations, Passages
 from abyssal.train.recipe import names, read_recipe, trainer_of
 from abyssal.train.run import run
+from tests.train.small import MODEL
 
-SMALL = """
-[model]
-preset = "nano"
-vocab_size = 800
-hidden_size = 64
-num_hidden_layers = 3
-compress_ratios = [0, 4, 128, 0]
-num_attention_heads = 2
-head_dim = 64
-q_lora_rank = 32
-o_lora_rank = 32
-sliding_window = 16
-index_n_heads = 4
-index_topk = 8
-n_routed_experts = 4
-moe_intermediate_size = 32
+SMALL = f"""{MODEL}vocab_size = 800
 
 [pretrain]
 tokens = 600
@@ -51,7 +37,7 @@ length = 128
 kind = "passages"
 weight = 1
 length = 300
-domains = { retrieval = 1, copying = 1 }
+domains = {{ retrieval = 1, copying = 1 }}
 lengths = [128, 256]
 questions = [1, 9]
 
@@ -66,7 +52,7 @@ steps = 1
 kind = "conversations"
 weight = 1
 length = 600
-domains = { conversation = 1, arithmetic = 1 }
+domains = {{ conversation = 1, arithmetic = 1 }}
 """
 
 

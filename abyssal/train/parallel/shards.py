@@ -22,6 +22,7 @@ from abyssal.train.checkpoint import (
     OPTIM,
     Saved,
     apart,
+    broken,
     joint,
     name_latest,
     name_of,
@@ -113,7 +114,7 @@ def load(world: World, folder: Path, like: Saved) -> Saved:
     try:
         read_shards(found, storage_reader=reader)
     except CheckpointException as error:
-        raise CheckpointError(f"{folder} is no whole checkpoint: {error}; take another step") from error
+        raise broken(folder, error) from error
     return apart(found, state)
 
 
