@@ -1,0 +1,1 @@
+"""Sandboxes: four substrates behind one call, an ordered durable log, replay."""
