@@ -9,7 +9,11 @@ from abyssal.model.transformer import Transformer
 
 @torch.no_grad()
 def initialise(
-    model: Transformer, seed: int, mixing: float = 3.0, embedding_std: float | None = None
+    model: Transformer,
+    seed: int,
+    mixing: float = 3.0,
+    embedding_std: float | None = None,
+    turned_head: bool = False,
 ) -> Transformer:
     """Fill a model with its starting values, in place.
 
@@ -24,6 +28,9 @@ def initialise(
         mixing: logit that favours a stream's own row in the starting mix.
         embedding_std: of the embedding in place of `initializer_range`. Blocks soon write values near 1 into the
             streams; beside them a small embedding of a rare token is not seen before long training.
+        turned_head: whether the head begins as the embedding, turned at random, instead of with numbers of its
+            own. To repeat a token that it has read, a model then needs one linear map for all tokens, which it
+            learns from a few; otherwise it learns every token's way from embedding to head apart.
     """
     c = model.config
     N = c.hc_mult
@@ -52,6 +59,10 @@ def initialise(
             p.fill_(1.0)
         else:
             p.zero_()
+    if turned_head:
+        turn_DD = torch.linalg.qr(torch.empty(c.hidden_size, c.hidden_size).normal_(generator=generator)).Q
+        embed_VD = model.embed.weight
+        model.head.weight.copy_(embed_VD @ turn_DD * (c.initializer_range / embed_VD.std()))
     for name, table in model.named_buffers():
         if name.endswith("tid2eid"):
             rows = torch.rand(table.shape[0], c.n_routed_experts, generator=generator)

@@ -81,6 +81,7 @@ class Stage:
         start: the stage whose last weights it begins with; none for fresh ones.
         seed: of fresh weights.
         embedding_std: of a fresh embedding; None for the model's `initializer_range`.
+        turned_head: whether a fresh head is the embedding, turned; see `model.init.initialise`.
     """
 
     rules: Rules
@@ -88,6 +89,7 @@ class Stage:
     start: str = ""
     seed: int = 0
     embedding_std: float | None = None
+    turned_head: bool = False
 
 
 @dataclass(frozen=True)
@@ -184,7 +186,8 @@ def _stage(where: str, data: Mapping[str, Any]) -> Stage:
     if not sources:
         raise ConfigError(f"recipe {where} has no sources: add [{where.split(': ')[-1]}.sources.NAME]")
     schedule = _made(Schedule, rest.pop("schedule", {}), f"{where}.schedule")
-    own: dict[str, Any] = {key: rest.pop(key) for key in ("start", "seed", "embedding_std") if key in rest}
+    beside = {f.name for f in fields(Stage)} - {"rules", "sources"}
+    own: dict[str, Any] = {key: rest.pop(key) for key in beside & set(rest)}
     rules = _made(Rules, {**rest, "schedule": schedule}, where)
     return _made(Stage, {**own, "rules": rules, "sources": sources}, where)
 
@@ -242,7 +245,9 @@ def trainer_of(recipe: Recipe, stage: str, data: Path, start: Path | None = None
         CheckpointError: `start` has no whole checkpoint.
     """
     told = recipe.stage(stage)
-    model = initialise(Transformer(recipe.model), told.seed, embedding_std=told.embedding_std)
+    model = initialise(
+        Transformer(recipe.model), told.seed, embedding_std=told.embedding_std, turned_head=told.turned_head
+    )
     if told.start:
         folder = checkpoint.latest(start) if start is not None else None
         if folder is None:

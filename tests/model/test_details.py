@@ -131,3 +131,14 @@ def test_starting_values_are_a_plain_residual() -> None:
     streams = model.run(ids, [model.new_cache()]).streams_TND
     assert (streams - streams.mean(1, keepdim=True)).abs().max() < streams.abs().max()
     assert 0 < model(ids[None]).std() < 2
+
+
+def test_a_turned_head_is_the_embedding_turned() -> None:
+    """Every two ids are as alike in the head as in the embedding, but the head is another matrix."""
+    config = replace(preset("nano"), vocab_size=300)
+    model = initialise(Transformer(config), 3, embedding_std=1.0, turned_head=True)
+    embed_VD, head_VD = model.embed.weight.double(), model.head.weight.double()
+    scale = config.initializer_range / embed_VD.std()
+    torch.testing.assert_close(head_VD @ head_VD.T, scale**2 * embed_VD @ embed_VD.T, rtol=1e-5, atol=1e-7)
+    assert (head_VD - scale * embed_VD).norm() > head_VD.norm()
+

@@ -11,7 +11,7 @@ import numpy as np
 
 from abyssal.train.data.example import MODES, Example, Passage, ThinkingMode, assistant, user
 from abyssal.train.data.phrases import fill, phrases
-from abyssal.train.data.pools import Split, draw, pick, pick_some, pool
+from abyssal.train.data.pools import Split, draw, pick, pick_some, wide_pool
 
 KINDS = ("verbatim", "reverse", "spell", "upper", "code", "sort")
 THOUGHTS = {
@@ -24,6 +24,7 @@ THOUGHTS = {
 }
 PASSAGES = ("repeat", "induction", "pairs")
 LISTS = ("things", "adjectives", "places", "roles", "cities")
+LONGEST = 60  # words
 ALPHABET = string.ascii_letters + string.digits
 
 
@@ -40,7 +41,7 @@ class Copying:
 
     split: Split = "train"
     kinds: Sequence[str] = KINDS
-    longest: int = 60
+    longest: int = LONGEST
     modes: Sequence[ThinkingMode] = MODES
 
     def generate(
@@ -60,7 +61,7 @@ class Copying:
         elif chosen == "code":
             text = answer = self._code(rng)
         elif chosen == "spell":
-            text = pick(rng, [w for name in LISTS for w in pool(name, self.split) if w.islower() and " " not in w])
+            text = pick(rng, [word for word in _single(LISTS, self.split) if word.islower()])
             answer = " ".join(text)
         else:
             words = self._words(rng, int(rng.integers(3, min(self.longest, 12) + 1)))
@@ -121,7 +122,7 @@ class Copying:
     def _words(self, rng: np.random.Generator, count: int) -> list[str]:
         """Different single words of one list or of all."""
         lists = LISTS if count > 12 or rng.random() < 0.3 else (pick(rng, LISTS),)
-        return pick_some(rng, [w for name in lists for w in pool(name, self.split) if " " not in w], count)
+        return pick_some(rng, _single(lists, self.split), count)
 
     def _prose(self, rng: np.random.Generator) -> str:
         text = fill(rng, self.split, pick(rng, phrases("filler")))
@@ -141,6 +142,12 @@ class Copying:
             return pick(rng, "-_./:").join(text)
 
         return draw(self.split, one)
+
+
+@cache
+def _single(lists: tuple[str, ...], split: Split) -> tuple[str, ...]:
+    """Entries of one word."""
+    return tuple(dict.fromkeys(word for name in lists for word in wide_pool(name, split) if " " not in word))
 
 
 @cache

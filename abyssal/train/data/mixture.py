@@ -14,7 +14,7 @@ import numpy as np
 from abyssal.base.errors import DataError
 from abyssal.train.data.arithmetic import Arithmetic
 from abyssal.train.data.conversation import Chat
-from abyssal.train.data.copying import Copying
+from abyssal.train.data.copying import LONGEST, Copying
 from abyssal.train.data.example import Example, Passage
 from abyssal.train.data.pools import Split, seeded
 from abyssal.train.data.retrieval import Retrieval
@@ -33,7 +33,8 @@ class Mixture:
         weights: share of each domain of `DOMAINS`; they need not add up to one.
         split: training or held out.
         seed: another seed gives other examples.
-        lengths: of retrieval examples in tokens.
+        lengths: of retrieval examples in tokens; what is copied has a quarter as many words at most, and no more
+            than 60.
         questions: of retrieval examples, both ends included.
         filler: sentences of prose for retrieval.
     Raises:
@@ -81,7 +82,7 @@ class Mixture:
             "retrieval": Retrieval(
                 self.count, self.split, lengths=self.lengths, questions=self.questions, filler=self.filler
             ),
-            "copying": Copying(self.split),
+            "copying": Copying(self.split, longest=min(LONGEST, self.lengths[1] // 4)),
             "tool_use": ToolUse(self.split),
             "arithmetic": Arithmetic(self.split),
             "conversation": Chat(self.split),

@@ -1,8 +1,8 @@
 """Words and seeds, cut into a part to train on and a part that training never sees (evals.md 3.2).
 
-Every list under words/ is cut by the digest of its entries, and everything that is made up (a name, a problem)
-by the digest of what it says. So no held-out example shares its names, tools or problems with training, whatever
-the seeds are.
+Every list under words/ but common.txt is cut by the digest of its entries, and everything that is made up (a name,
+a problem) by the digest of what it says. So no held-out example shares its names, tools or problems with training,
+whatever the seeds are.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import numpy as np
 Split = Literal["train", "held_out"]
 SPLITS: tuple[Split, ...] = ("train", "held_out")
 TRAIN_TENTHS = 7
+WIDE = ("things", "adjectives", "places", "roles", "tool_objects")  # where any word may stand
 WORDS = Path(__file__).parent / "words"
 T = TypeVar("T")
 
@@ -39,6 +40,16 @@ def entries(name: str) -> tuple[str, ...]:
 def pool(name: str, split: Split) -> tuple[str, ...]:
     """The entries of words/NAME.txt that belong to a part."""
     return tuple(entry for entry in entries(name) if split_of(f"{name}|{entry}") == split)
+
+
+@cache
+def wide_pool(name: str, split: Split) -> tuple[str, ...]:
+    """The same; of those in `WIDE`, for training, with thousands of common words that need not make sense there.
+
+    From a hundred words a model learns those words by heart; from thousands, to take any word from its text.
+    """
+    own = pool(name, split)
+    return own if split == "held_out" or name not in WIDE else tuple(dict.fromkeys((*own, *entries("common"))))
 
 
 def pick(rng: np.random.Generator, choices: Sequence[T]) -> T:

@@ -15,7 +15,7 @@ import numpy as np
 
 from abyssal.train.data.example import MODES, Example, Message, Passage, ThinkingMode, assistant, user
 from abyssal.train.data.phrases import fill, phrases
-from abyssal.train.data.pools import Split, pick, pick_some, pool
+from abyssal.train.data.pools import Split, pick, pick_some, wide_pool
 
 Kind = Literal["single", "multi_key", "key_value"]
 KINDS: tuple[Kind, ...] = ("single", "multi_key", "key_value")
@@ -264,12 +264,12 @@ class Retrieval:
             elif families and kind != "single" and rng.random() < 0.5:
                 family = pick(rng, families)
             else:
-                family = (pick(rng, pool("adjectives", self.split)), pick(rng, pool("places", self.split)))
+                family = self._family(rng)
                 families.append(family)
-            key = " ".join((*family, pick(rng, pool("roles", self.split))))
+            key = " ".join((*family, pick(rng, wide_pool("roles", self.split))))
             if key in found or key in taken:  # a large list may have used up a family's roles
                 if kind != "single":
-                    families.append((pick(rng, pool("adjectives", self.split)), pick(rng, pool("places", self.split))))
+                    families.append(self._family(rng))
                 continue
             value = self._value(rng)
             if kind == "key_value":
@@ -281,11 +281,15 @@ class Retrieval:
             found[key] = Fact(key, attribute, value, sentence)
         return list(found.values())
 
+    def _family(self, rng: np.random.Generator) -> tuple[str, str]:
+        """Two words that keys begin with."""
+        return pick(rng, wide_pool("adjectives", self.split)), pick(rng, wide_pool("places", self.split))
+
     def _value(self, rng: np.random.Generator) -> str:
         if rng.random() < 0.6:
             digits = int(rng.integers(4, 8))
             return str(int(rng.integers(10 ** (digits - 1), 10**digits)))
-        return f"{pick(rng, pool('things', self.split))}-{int(rng.integers(10, 1000))}"
+        return f"{pick(rng, wide_pool('things', self.split))}-{int(rng.integers(10, 1000))}"
 
     def _asked(self, rng: np.random.Generator, kind: Kind, facts: list[Fact], wanted: int, length: int) -> list[Fact]:
         # a question and its fact cost about 40 tokens; at least half of a text stays prose, and of a list lines

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from abyssal.train.data.phrases import fill, with_article
-from abyssal.train.data.pools import Split, pick, pool
+from abyssal.train.data.pools import Split, pick, wide_pool
 from abyssal.train.data.values import as_text, make_value, table
 
 INVENTED = 0.2  # of the parameters have a name that nobody knows
@@ -130,8 +130,8 @@ class Tool:
 
 def make_object(rng: np.random.Generator, split: Split) -> str:
     """Something a tool may act on."""
-    thing = pick(rng, pool("tool_objects", split))
-    return f"{pick(rng, pool('adjectives', split))} {thing}" if rng.random() < QUALIFIED else thing
+    thing = pick(rng, wide_pool("tool_objects", split))
+    return f"{pick(rng, wide_pool('adjectives', split))} {thing}" if rng.random() < QUALIFIED else thing
 
 
 def make_tool(
@@ -188,11 +188,11 @@ def _name(rng: np.random.Generator, verb: str, thing: str) -> str:
 def _parameter(rng: np.random.Generator, split: Split) -> tuple[str, Parameter]:
     required = bool(rng.random() < 0.6)
     if rng.random() < INVENTED:
-        name = f"{pick(rng, pool('adjectives', split))}_{pick(rng, pool('things', split))}"
+        name = f"{pick(rng, wide_pool('adjectives', split))}_{pick(rng, wide_pool('things', split))}"
         label = name.replace("_", " ")
         value = pick(rng, INVENTED_VALUES)
         if value == "enum:":
-            value = "enum:" + ",".join(pick(rng, pool("adjectives", split)) for _ in range(6))
+            value = "enum:" + ",".join(pick(rng, wide_pool("adjectives", split)) for _ in range(6))
         schema = _schema(rng, value, pick(rng, (f"The {label}.", f"Value of the {label}.", f"Sets the {label}.")))
         if value == "bool":
             on, off = (f"with the {label} on", f"and turn the {label} on"), (f"with the {label} off",)

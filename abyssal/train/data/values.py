@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from abyssal.train.data.phrases import fill, phrases
-from abyssal.train.data.pools import Split, draw, pick, pick_some, pool
+from abyssal.train.data.pools import Split, draw, pick, pick_some, pool, wide_pool
 
 TABLES = Path(__file__).parent / "tables"
 QUOTED = 0.05  # of the messages hold marks that careless encoders break
@@ -28,7 +28,7 @@ def make_value(rng: np.random.Generator, split: Split, kind: str) -> Any:
     """A value of a kind: "pool:NAME", "int:LOW:HIGH", "float:LOW:HIGH", "enum:A,B,...", "bool", or one named here."""
     name, _, rest = kind.partition(":")
     if name == "pool":
-        return pick(rng, pool(rest, split))
+        return pick(rng, wide_pool(rest, split))
     if name == "int":
         low, high = map(int, rest.split(":"))
         return int(rng.integers(low, high + 1))
@@ -69,12 +69,12 @@ def _full_name(rng: np.random.Generator, split: Split) -> str:
 
 def _username(rng: np.random.Generator, split: Split) -> str:
     name = pick(rng, pool("first_names", split)).lower()
-    return f"{name}{pick(rng, ('', '_', '.'))}{pick(rng, pool('things', split))}{int(rng.integers(1, 100))}"
+    return f"{name}{pick(rng, ('', '_', '.'))}{pick(rng, wide_pool('things', split))}{int(rng.integers(1, 100))}"
 
 
 def _email(rng: np.random.Generator, split: Split) -> str:
     first, last = _full_name(rng, split).lower().split(" ", 1)
-    return f"{first}.{last.replace(' ', '')}@{pick(rng, pool('places', split))}.example"
+    return f"{first}.{last.replace(' ', '')}@{pick(rng, wide_pool('places', split))}.example"
 
 
 def _date(rng: np.random.Generator, split: Split) -> str:
@@ -95,8 +95,8 @@ def _digits(rng: np.random.Generator, split: Split) -> str:
 
 
 def _title(rng: np.random.Generator, split: Split) -> str:
-    words = [pick(rng, pool("adjectives", split)), pick(rng, pool("things", split))]
-    words += [pick(rng, pool("roles", split))] if rng.random() < 0.4 else []
+    words = [pick(rng, wide_pool("adjectives", split)), pick(rng, wide_pool("things", split))]
+    words += [pick(rng, wide_pool("roles", split))] if rng.random() < 0.4 else []
     return " ".join(words).capitalize() if rng.random() < 0.5 else " ".join(words).title()
 
 
@@ -110,28 +110,30 @@ def _message(rng: np.random.Generator, split: Split) -> str:
 
 
 def _keyword(rng: np.random.Generator, split: Split) -> str:
-    words = pick_some(rng, [*pool("things", split), *pool("adjectives", split), *pool("roles", split)], 2)
+    lists = ("things", "adjectives", "roles")
+    words = pick_some(rng, [word for name in lists for word in wide_pool(name, split)], 2)
     return " ".join(words[: int(rng.integers(1, 3))])
 
 
 def _path(rng: np.random.Generator, split: Split) -> str:
-    folders = pick_some(rng, pool("places", split), int(rng.integers(1, 3)))
+    folders = pick_some(rng, wide_pool("places", split), int(rng.integers(1, 3)))
     ending = pick(rng, ("txt", "csv", "pdf", "json", "py", "md"))
-    return f"/{'/'.join(folders)}/{pick(rng, pool('things', split))}_{int(rng.integers(1, 100))}.{ending}".replace(
+    return f"/{'/'.join(folders)}/{pick(rng, wide_pool('things', split))}_{int(rng.integers(1, 100))}.{ending}".replace(
         " ", ""
     )
 
 
 def _url(rng: np.random.Generator, split: Split) -> str:
-    return f"https://{pick(rng, pool('places', split))}.example/{pick(rng, pool('things', split))}"
+    return f"https://{pick(rng, wide_pool('places', split))}.example/{pick(rng, wide_pool('things', split))}"
 
 
 def _named_place(rng: np.random.Generator, split: Split) -> str:
-    return f"{pick(rng, pool('adjectives', split)).capitalize()} {pick(rng, pool('places', split)).capitalize()}"
+    words = (pick(rng, wide_pool(name, split)).capitalize() for name in ("adjectives", "places"))
+    return " ".join(words)
 
 
 def _list(rng: np.random.Generator, split: Split) -> list[str]:
-    return pick_some(rng, pool("things", split), int(rng.integers(2, 4)))
+    return pick_some(rng, wide_pool("things", split), int(rng.integers(2, 4)))
 
 
 _NAMED = {

@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from abyssal.train.data.pools import SPLITS, WORDS, draw, entries, pick_some, pool, seeded, split_of
+from abyssal.train.data.pools import SPLITS, WIDE, WORDS, draw, entries, pick_some, pool, seeded, split_of, wide_pool
 
-LISTS = sorted(path.stem for path in WORDS.glob("*.txt"))
+LISTS = sorted(path.stem for path in WORDS.glob("*.txt") if path.stem != "common")
 
 
 @pytest.mark.parametrize("name", LISTS)
@@ -18,6 +18,18 @@ def test_the_parts_share_nothing_and_leave_nothing(name: str) -> None:
     assert len(entries(name)) == len(set(entries(name))), "an entry stands twice"
     assert min(len(train), len(held_out)) >= 5
     assert all(entry.isascii() and entry == " ".join(entry.split()) for entry in entries(name))
+
+
+@pytest.mark.parametrize("name", LISTS)
+def test_wide_pools_widen_training_alone(name: str) -> None:
+    """No common word is one that is held out, not even as a part of an entry."""
+    assert wide_pool(name, "held_out") == pool(name, "held_out")
+    wide = wide_pool(name, "train")
+    assert len(wide) == len(set(wide))
+    common = set(entries("common")) - set(entries(name)) if name in WIDE else set()
+    assert set(wide) - set(pool(name, "train")) == common
+    held_out = {word for entry in pool(name, "held_out") for word in entry.lower().split()}
+    assert not held_out & set(entries("common"))
 
 
 def test_the_cut_is_seven_to_three() -> None:

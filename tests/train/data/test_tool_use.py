@@ -11,7 +11,7 @@ import pytest
 
 from abyssal.train.data.example import MODES, Example
 from abyssal.train.data.phrases import phrases
-from abyssal.train.data.pools import SPLITS, entries, pool, seeded
+from abyssal.train.data.pools import SPLITS, entries, seeded, wide_pool
 from abyssal.train.data.tool_use import KINDS, ToolUse
 from abyssal.train.data.tools import FORMS, make_tool
 from abyssal.train.data.values import as_text, make_value, table
@@ -154,7 +154,7 @@ def test_values_of_the_tables() -> None:
             for _ in range(20):
                 value = make_value(rng, split, kind)
                 if kind.startswith("pool:"):
-                    assert value in pool(kind[5:], split)
+                    assert value in wide_pool(kind[5:], split)
                 json.dumps(value)
     for row in table("parameters")["parameter"]:
         assert row["names"] and row["descriptions"]
