@@ -91,22 +91,43 @@ class Source:
         return piece, Cursor(cursor.epoch, cursor.position, stop - 1)
 
 
+@dataclass(frozen=True)
+class Share:
+    """What a source contributes.
+
+    Attributes:
+        weight: of its tokens, against the other sources of that time.
+        begin, end: tokens of all sources after which it starts and stops; None: it goes on.
+    """
+
+    weight: float
+    begin: int = 0
+    end: int | None = None
+
+    def active(self, tokens: int) -> bool:
+        """Whether it gives something after so many tokens."""
+        return self.begin <= tokens and (self.end is None or tokens < self.end)
+
+
 class Mixture:
-    """Sources in fixed proportions of tokens.
+    """Sources in fixed proportions of tokens, which may be others later.
 
     The next piece comes from the source that lacks most of its share, so the proportions hold at any moment, and
     nothing is drawn: cursors and counts are the whole state.
 
     Args:
         sources: by name.
-        weights: of each, of any sum.
+        shares: of each.
+    Raises:
+        ValueError: a source has no share.
     """
 
-    def __init__(self, sources: Mapping[str, Source], weights: Mapping[str, float]):
-        self.sources = dict(sources)
-        total = sum(weights[name] for name in self.sources)
-        self.weights = {name: weights[name] / total for name in self.sources}
+    def __init__(self, sources: Mapping[str, Source], shares: Mapping[str, Share]):
+        self.sources, self.shares = dict(sources), dict(shares)
+        if missing := set(self.sources) - set(self.shares):
+            raise ValueError(f"no share is given for {', '.join(sorted(missing))}")
         self.tokens = dict.fromkeys(self.sources, 0)
+        self.lacking = dict.fromkeys(self.sources, 0.0)  # tokens that each has still to give
 
     def take(self, tokens: int) -> Pack:
         """The sequences of the next pass.
@@ -114,29 +135,48 @@ class Mixture:
         Args:
             tokens: how many at most; a piece that does not fit waits for the next pass.
         Raises:
-            TokenError: a source is empty, or its next piece is longer than a whole pass.
+            TokenError: a source is empty, its next piece is longer than a whole pass, or none is active.
         """
         samples: list[Sample] = []
         held = 0
-        while True:
-            after = sum(self.tokens.values()) + 1
-            name = max(self.sources, key=lambda name: self.weights[name] * after - self.tokens[name])
+        while shares := self._active():
+            name = max(shares, key=lambda name: self.lacking[name] + shares[name])
             piece, cursor = self.sources[name].peek()
             count = len(piece.ids) - 1
             if held + count > tokens:
                 break
             samples.append(piece)
             held += count
+            self._given(name, count)
             self.sources[name].cursor = cursor
-            self.tokens[name] += count
-        if not samples:
+        if samples:
+            return pack(samples)
+        if shares:
             raise TokenError(f"a piece of {count} tokens does not fit into a pass of {tokens}: make pieces shorter")
-        return pack(samples)
+        done = sum(self.tokens.values())
+        raise TokenError(f"after {done:,} tokens no source gives any: let one go on, or end the run before")
+
+    def _active(self) -> dict[str, float]:
+        """Share of each source that gives something now; together 1."""
+        done = sum(self.tokens.values())
+        weights = {name: self.shares[name].weight for name in self.sources if self.shares[name].active(done)}
+        return {name: weight / sum(weights.values()) for name, weight in weights.items()}
+
+    def _given(self, name: str, count: int) -> None:
+        for other, share in self._active().items():
+            self.lacking[other] += share * count
+        self.lacking[name] -= count
+        self.tokens[name] += count
 
     def state_dict(self) -> dict[str, Any]:
-        """Cursor and tokens of each source, as JSON can hold them."""
+        """Cursor, tokens and what is lacking of each source, as JSON can hold them."""
         return {
-            name: {**asdict(source.cursor), "seed": source.seed, "tokens": self.tokens[name]}
+            name: {
+                **asdict(source.cursor),
+                "seed": source.seed,
+                "tokens": self.tokens[name],
+                "lacking": self.lacking[name],
+            }
             for name, source in self.sources.items()
         }
 
@@ -153,3 +193,4 @@ class Mixture:
                 raise ValueError(f"source {name} was shuffled with seed {saved['seed']}, not {source.seed}")
             source.cursor = Cursor(saved["epoch"], saved["position"], saved["offset"])
             self.tokens[name] = saved["tokens"]
+            self.lacking[name] = saved["lacking"]

@@ -33,7 +33,7 @@ from abyssal.train.data.pairs import Pairs
 from abyssal.train.data.retrieval import sentences_of
 from abyssal.train.data.token_file import TokenFile
 from abyssal.train.generated import Conversations, Learn, Lookups, Passages
-from abyssal.train.order import Documents, Mixture, Source
+from abyssal.train.order import Documents, Mixture, Share, Source
 from abyssal.train.schedule import Schedule
 from abyssal.train.trainer import Rules, Trainer
 
@@ -48,10 +48,12 @@ class SourceRecipe:
 
     Attributes:
         kind: a token file, generated running text, generated conversations, or pairs of plain ids.
-        weight: share of the tokens, against the other sources.
+        weight: share of the tokens, against the other sources of that time.
+        begin, end: tokens of the stage after which this source starts and stops.
         length: tokens that a longer document is cut into.
         file: name of the token file.
         domains: weights of the generators.
+        kinds: of what is generated for retrieval and copying; all by default.
         lengths, questions: of generated retrieval, in tokens and how many, both ends included; lengths also of pairs.
         ids, roles: of pairs, see `data.pairs`; by default all ids of the model.
         learn: of what is generated, every token or only answers.
@@ -60,9 +62,12 @@ class SourceRecipe:
 
     kind: Literal["tokens", "passages", "conversations", "pairs"]
     weight: float
+    begin: int = 0
+    end: int | None = None
     length: int = 4096
     file: str = ""
     domains: Mapping[str, float] = field(default_factory=dict)
+    kinds: tuple[str, ...] = ()
     lengths: tuple[int, int] = (256, 2048)
     questions: tuple[int, int] = (1, 4)
     ids: tuple[int, int] | None = None
@@ -214,6 +219,8 @@ def _value(hint: Any, value: Any, where: str) -> Any:
         good = value in wanted
     elif origin is tuple:
         value = tuple(value) if isinstance(value, list) else value
+        if wanted[-1] is ... and isinstance(value, tuple):
+            wanted = wanted[:1] * len(value)
         good = isinstance(value, tuple) and len(value) == len(wanted)
         if good:
             value = tuple(_value(h, v, where) for h, v in zip(wanted, value, strict=True))
@@ -258,7 +265,7 @@ def trainer_of(recipe: Recipe, stage: str, data: Path, start: Path | None = None
         model.load_state_dict(dict(saved.model))
     read = _Data(data, recipe.model.vocab_size)
     sources = {name: read.source(source) for name, source in told.sources.items()}
-    mixture = Mixture(sources, {name: source.weight for name, source in told.sources.items()})
+    mixture = Mixture(sources, {name: Share(s.weight, s.begin, s.end) for name, s in told.sources.items()})
     about = {name: asdict(source) | read.digests(source) for name, source in told.sources.items()}
     return Trainer(model, mixture, told.rules, about)
 
@@ -295,6 +302,7 @@ class _Data:
             seed=told.seed,
             lengths=told.lengths,
             questions=told.questions,
+            kinds=told.kinds,
             filler=self._filler if told.domains.get("retrieval") else (),
         )
         if told.kind == "passages":

@@ -18,7 +18,7 @@ from abyssal.base.errors import CheckpointError, SaveError
 from abyssal.model.block import Block
 from abyssal.train import checkpoint
 from abyssal.train.optimiser import Rates
-from abyssal.train.order import Mixture, Source
+from abyssal.train.order import Mixture, Share, Source
 from abyssal.train.parallel.parts import part_of, spread_like, whole
 from abyssal.train.parallel.processes import Processes
 from abyssal.train.qat import FORMATS, quantised
@@ -69,7 +69,7 @@ def short_documents_reach_no_long_block(experts: int) -> None:
         for world in (None, Processes(experts)):
             tiny = trainer(rules, world)
             docs = [ids[:length] if i % 2 else ids[:20] for i, ids in enumerate(documents(0)) if len(ids) > 200]
-            tiny.data = Mixture({"a": Source(docs, 0, 200)}, {"a": 1})
+            tiny.data = Mixture({"a": Source(docs, 0, 200)}, {"a": Share(1)})
             work = [(packed, {}) for packed in tiny._packs(0)]
             assert (max(max(packed.lengths) for packed, _ in work) >= 128) == reached
             tiny._learn(work, _Clock())

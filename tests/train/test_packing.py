@@ -14,7 +14,7 @@ from abyssal.kernels.choice import choice, forced
 from abyssal.kvcache import SequenceCache
 from abyssal.model import Batch
 from abyssal.quant.numerics import Numerics
-from abyssal.train.order import Cursor, Mixture, Source
+from abyssal.train.order import Cursor, Mixture, Share, Source
 from abyssal.train.packing import Pack, Sample, pack, position_skips, with_skips
 from tests.cases import random_config, random_ids, random_model
 from tests.model.test_against_plain import official
@@ -216,7 +216,7 @@ def test_masks_are_cut_with_their_documents() -> None:
 def mixture() -> Mixture:
     rng = np.random.default_rng(1)
     texts, codes = (numbered(rng.integers(2, 60, 40).tolist()) for _ in range(2))
-    return Mixture({"text": Source(texts, 1, 32), "code": Source(codes, 2, 16)}, {"text": 3, "code": 1})
+    return Mixture({"text": Source(texts, 1, 32), "code": Source(codes, 2, 16)}, {"text": Share(3), "code": Share(1)})
 
 
 def test_a_mixture_resumes_at_the_very_piece() -> None:
@@ -243,12 +243,35 @@ def test_a_mixture_keeps_its_proportions_and_fills_its_passes() -> None:
         assert abs(mixed.tokens["text"] - 0.75 * total) <= 32, step
 
 
+def test_sources_start_and_stop() -> None:
+    """A source that comes later gets its share from then on, and nothing to make up for the time before."""
+    docs = numbered([20] * 50)
+    shares = {"early": Share(1, end=2000), "late": Share(3, begin=1000), "all": Share(1)}
+    mixed = Mixture({name: Source(docs, place, 19) for place, name in enumerate(shares)}, shares)
+    counts: dict[int, dict[str, int]] = {}
+    while sum(mixed.tokens.values()) < 3000:
+        mixed.take(38)
+        counts[sum(mixed.tokens.values())] = dict(mixed.tokens)
+    expected = {"early": (0.5, 0.2, 0), "late": (0, 0.6, 0.75), "all": (0.5, 0.2, 0.25)}
+    for name, (early, middle, late) in expected.items():
+        at = {goal: counts[min(counts, key=lambda t: abs(t - goal))][name] for goal in (1000, 2000, 3000)}
+        assert abs(at[1000] - 1000 * early) <= 60
+        assert abs(at[2000] - at[1000] - 1000 * middle) <= 60
+        assert abs(at[3000] - at[2000] - 1000 * late) <= 60
+    ended = Mixture({"a": Source(docs, 0, 19)}, {"a": Share(1, end=30)})
+    ended.take(38)
+    with pytest.raises(TokenError, match="no source gives any"):
+        ended.take(38)
+
+
 def test_a_mixture_refuses_what_cannot_be() -> None:
     mixed = mixture()
     state = mixed.state_dict()
     state["text"]["seed"] = 9
     with pytest.raises(ValueError, match="seed 9"):
         mixed.load_state_dict(state)
+    with pytest.raises(ValueError, match="no share is given for a"):
+        Mixture({"a": Source(numbered([50]), 0, 40)}, {})
     with pytest.raises(TokenError, match="does not fit"):
-        Mixture({"a": Source(numbered([50]), 0, 40)}, {"a": 1.0}).take(39)
+        Mixture({"a": Source(numbered([50]), 0, 40)}, {"a": Share(1)}).take(39)
     assert mixed.sources["text"].cursor == Cursor()

@@ -101,6 +101,8 @@ def test_changes_take_the_place_of_the_files_values(recipe: Path) -> None:
         ("pretrain.sources.prose.kind=books", "kind is 'books'"),
         ("pretrain.sources.passages.lengths=[3]", "lengths is"),
         ("pretrain.sources.passages.lengths=[3, true]", "lengths is True"),
+        ("pretrain.sources.passages.kinds=[3]", "kinds is 3"),
+        ("pretrain.sources.passages.kinds=pairs", "kinds is 'pairs'"),
         ("sft.start=middle", "start = 'middle'"),
         ("pretrain.tokens.x=3", "tokens is a value"),
         ("pretrain.tokens", "write it as"),
@@ -110,6 +112,14 @@ def test_what_a_recipe_says_wrongly_is_named(recipe: Path, change: str, named: s
     with pytest.raises(ConfigError) as error:
         read_recipe(recipe, [change])
     assert named in str(error.value)
+
+
+def test_sources_have_kinds_and_times(recipe: Path) -> None:
+    told = read_recipe(
+        recipe, ["pretrain.sources.passages.kinds=['single', 'pairs']", "pretrain.sources.prose.begin=1_000"]
+    ).stage("pretrain")
+    assert told.sources["passages"].kinds == ("single", "pairs")
+    assert (told.sources["prose"].begin, told.sources["prose"].end) == (1000, None)
 
 
 def test_recipes_that_are_not_there(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ import torch
 from abyssal.arch.presets import preset
 from abyssal.model import Transformer
 from abyssal.model.init import initialise
-from abyssal.train.order import Mixture, Source
+from abyssal.train.order import Mixture, Share, Source
 from abyssal.train.run import run
 from abyssal.train.schedule import Schedule
 from abyssal.train.trainer import Rules, Trainer
@@ -54,7 +54,7 @@ def trainer(rules: Rules = RULES, world: World | None = None) -> Trainer:
         n_routed_experts=4,
         moe_intermediate_size=32,
     )
-    data = Mixture({n: Source(documents(i), i, 200) for i, n in enumerate("ab")}, {"a": 2, "b": 1})
+    data = Mixture({n: Source(documents(i), i, 200) for i, n in enumerate("ab")}, {"a": Share(2), "b": Share(1)})
     return Trainer(initialise(Transformer(config), 0), data, rules, world=world)
 
 

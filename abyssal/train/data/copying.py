@@ -35,12 +35,14 @@ class Copying:
     Args:
         split: part of the word pools; codes are cut by their digest.
         kinds: of conversations, to choose from.
+        passages: kinds of running text, to choose from.
         longest: words of what is copied, at most.
         modes: thinking modes to choose from.
     """
 
     split: Split = "train"
     kinds: Sequence[str] = KINDS
+    passages: Sequence[str] = PASSAGES
     longest: int = LONGEST
     modes: Sequence[ThinkingMode] = MODES
 
@@ -85,7 +87,7 @@ class Copying:
                 between others; "pairs": words with the number that belongs to each, in random order, many times.
             words: length, about.
         """
-        chosen = kind if kind is not None else pick(rng, PASSAGES)
+        chosen = kind if kind is not None else pick(rng, self.passages)
         count = words or int(rng.integers(8, self.longest + 1))
         if chosen == "repeat":
             once = self._words(rng, count)

@@ -8,19 +8,22 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import TypeVar
 
 import numpy as np
 
 from abyssal.base.errors import DataError
+from abyssal.train.data import copying, retrieval
 from abyssal.train.data.arithmetic import Arithmetic
 from abyssal.train.data.conversation import Chat
-from abyssal.train.data.copying import LONGEST, Copying
+from abyssal.train.data.copying import Copying
 from abyssal.train.data.example import Example, Passage
 from abyssal.train.data.pools import Split, seeded
 from abyssal.train.data.retrieval import Retrieval
 from abyssal.train.data.tool_use import ToolUse
 
 DOMAINS = ("retrieval", "copying", "tool_use", "arithmetic", "conversation")
+T = TypeVar("T")
 PASSAGE_DOMAINS = ("retrieval", "copying")
 
 
@@ -37,6 +40,8 @@ class Mixture:
             than 60.
         questions: of retrieval examples, both ends included.
         filler: sentences of prose for retrieval.
+        kinds: of retrieval and copying, see `KINDS` and `PASSAGES` there; all of a generator where none of its own is
+            named.
     Raises:
         DataError: an unknown domain, a negative weight, or none above zero.
     """
@@ -48,10 +53,13 @@ class Mixture:
     lengths: tuple[int, int] = (256, 2048)
     questions: tuple[int, int] = (1, 4)
     filler: Sequence[str] = field(default=(), repr=False)
+    kinds: Sequence[str] = ()
 
     def __post_init__(self) -> None:
         if unknown := set(self.weights) - set(DOMAINS):
             raise DataError(f"no generator makes {', '.join(sorted(unknown))}: use {', '.join(DOMAINS)}")
+        if unknown := set(self.kinds) - {*retrieval.KINDS, *copying.KINDS, *copying.PASSAGES}:
+            raise DataError(f"neither retrieval nor copying has the kind {', '.join(sorted(unknown))}")
         if min(self.weights.values(), default=0) < 0 or sum(self.weights.values()) <= 0:
             raise DataError("the weights of a mixture must not be negative, and one must be above zero")
 
@@ -78,11 +86,24 @@ class Mixture:
 
     @cached_property
     def _makers(self) -> dict[str, Retrieval | Copying | ToolUse | Arithmetic | Chat]:
+        def of(known: Sequence[T]) -> Sequence[T]:
+            return [kind for kind in known if kind in self.kinds] or known
+
         return {
             "retrieval": Retrieval(
-                self.count, self.split, lengths=self.lengths, questions=self.questions, filler=self.filler
+                self.count,
+                self.split,
+                of(retrieval.KINDS),
+                lengths=self.lengths,
+                questions=self.questions,
+                filler=self.filler,
             ),
-            "copying": Copying(self.split, longest=min(LONGEST, self.lengths[1] // 4)),
+            "copying": Copying(
+                self.split,
+                of(copying.KINDS),
+                of(copying.PASSAGES),
+                longest=min(copying.LONGEST, self.lengths[1] // 4),
+            ),
             "tool_use": ToolUse(self.split),
             "arithmetic": Arithmetic(self.split),
             "conversation": Chat(self.split),

@@ -100,6 +100,17 @@ def test_passages() -> None:
         Mixture(count, {"tool_use": 1}).passage(0)
 
 
+def test_kinds_narrow_what_is_made() -> None:
+    """Each generator keeps to the kinds that are its own, and makes all of them where none is."""
+    narrow = Mixture(count, {"retrieval": 1, "copying": 1}, kinds=("key_value", "pairs"))
+    made = [narrow.passage(index) for index in range(60)]
+    assert {(p.domain, p.meta["kind"]) for p in made} == {("retrieval", "key_value"), ("copying", "pairs")}
+    # of conversations that copy, no kind is named
+    assert len({example.source for example in narrow.examples(60)}) > 3
+    with pytest.raises(DataError, match="the kind riddle"):
+        Mixture(count, kinds=("riddle",))
+
+
 @pytest.mark.parametrize("weights", [{"poems": 1}, {"tool_use": -1}, {"tool_use": 0}, {}])
 def test_bad_weights_are_refused(weights: dict[str, float]) -> None:
     with pytest.raises(DataError):
