@@ -14,6 +14,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from abyssal.arch.presets import preset
 from abyssal.arch.tensors import LAYOUTS, inventory, is_draft_copy
 from abyssal.checkpoint.load import load_model
 from abyssal.checkpoint.release import Release
@@ -191,19 +192,28 @@ def test_transformers_loads_the_folder_and_gives_the_same_logits(layout: str, re
     torch.testing.assert_close(ours(torch.tensor([IDS]))[0], hf.logits(theirs, IDS), rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize("layout", ["flash", "base", "0731"])
-def test_transformers_loads_quantised_folders(layout: str, releases: dict[str, Path]) -> None:
+def load_expanded(folder: Path) -> Any:
     """Its FP8 integration expands the weights on the CPU, FP4 experts included."""
     from transformers import FineGrainedFP8Config
 
-    theirs = load_in_transformers(
-        releases[layout],
-        dtype=torch.float32,
-        experts_implementation="eager",
-        quantization_config=FineGrainedFP8Config(dequantize=True),
-    )
-    ours = load_model(releases[layout])
-    torch.testing.assert_close(ours(torch.tensor([IDS]))[0], hf.logits(theirs.float(), IDS), rtol=0, atol=1e-4)
+    quantised = FineGrainedFP8Config(dequantize=True)
+    options = {"dtype": torch.float32, "experts_implementation": "eager", "quantization_config": quantised}
+    return load_in_transformers(folder, **options).float()
+
+
+@pytest.mark.parametrize("layout", ["flash", "base", "0731"])
+def test_transformers_loads_quantised_folders(layout: str, releases: dict[str, Path]) -> None:
+    theirs, ours = load_expanded(releases[layout]), load_model(releases[layout])
+    torch.testing.assert_close(ours(torch.tensor([IDS]))[0], hf.logits(theirs, IDS), rtol=0, atol=1e-4)
+
+
+def test_transformers_loads_the_shape_of_nano_and_gives_the_same_logits(tmp_path: Path) -> None:
+    """Scale tables of its partial blocks too, over ids enough for CSA to choose and HCA to have several blocks."""
+    make_release(preset("nano"), 1, "flash", tmp_path / "nano")
+    ids = [random.Random(4).randrange(4096) for _ in range(600)]
+    theirs, ours = load_expanded(tmp_path / "nano"), load_model(tmp_path / "nano")
+    assert len(ids) > 4 * ours.config.index_topk
+    torch.testing.assert_close(ours(torch.tensor([ids]))[0], hf.logits(theirs, ids), rtol=0, atol=1e-4)
 
 
 def test_equal_seeds_give_equal_bytes(releases: dict[str, Path], tmp_path: Path) -> None:

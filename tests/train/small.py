@@ -7,6 +7,7 @@ hidden_size = 64
 num_hidden_layers = 3
 compress_ratios = [0, 4, 128, 0]
 num_attention_heads = 2
+o_groups = 2
 head_dim = 64
 q_lora_rank = 32
 o_lora_rank = 32

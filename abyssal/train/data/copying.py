@@ -22,7 +22,7 @@ THOUGHTS = {
     "code": "I copy the code, sign by sign.",
     "sort": "I look at the first letters of the words and put them in order.",
 }
-PASSAGES = ("repeat", "induction", "pairs")
+PASSAGES = ("repeat", "induction", "pairs", "words")
 LISTS = ("things", "adjectives", "places", "roles", "cities")
 LONGEST = 60  # words
 ALPHABET = string.ascii_letters + string.digits
@@ -84,7 +84,8 @@ class Copying:
         Args:
             rng: the only source of chance.
             kind: "repeat": words in random order, twice; "induction": a short list that comes again and again
-                between others; "pairs": words with the number that belongs to each, in random order, many times.
+                between others; "pairs": words with the number that belongs to each, in random order, many times;
+                "words": the same with a word instead of the number.
             words: length, about.
         """
         chosen = kind if kind is not None else pick(rng, self.passages)
@@ -102,7 +103,10 @@ class Copying:
                 times += 1
             return self._passage(chosen, parts)
         names = self._words(rng, max(2, min(count // 6, 24)))
-        values = {name: str(int(rng.integers(100, 1000))) for name in names}
+        if chosen == "words":
+            values = dict(zip(names, self._words(rng, len(names)), strict=True))
+        else:
+            values = {name: str(int(rng.integers(100, 1000))) for name in names}
         known: set[str] = set()
         parts = []
         for _ in range(max(count // 2, 2)):
