@@ -216,7 +216,7 @@ def test_nano_is_divided_as_the_specification_says() -> None:
     for leaf in ("ffn.experts.w1", "attn.wq_b.weight", "attn.wo_a.weight", "attn.indexer.weights_proj.weight"):
         assert f"layers.1.{leaf}" in matrices
     assert "mtp.0.e_proj.weight" in matrices
-    assert optimiser.muon.parts["layers.1.attn.wo_a.weight"] == 2
+    assert optimiser.muon.parts["layers.1.attn.wo_a.weight"] == 4
     assert optimiser.muon.parts["layers.1.attn.compressor.wkv.weight"] == 2
     assert optimiser.muon.parts["layers.1.attn.indexer.compressor.wgate.weight"] == 2
     assert optimiser.muon.parts["layers.2.attn.compressor.wkv.weight"] == 1

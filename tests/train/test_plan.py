@@ -70,7 +70,7 @@ def test_speed_is_the_stated_share_of_the_peak() -> None:
 def test_one_gpu_gathers_nothing() -> None:
     found = plan(preset("nano"), 1, tokens=1024, length=1024)
     assert found.need.gathered == 0 and found.replicas == 1
-    assert found.need.weights == 4 * 16_886_720
+    assert found.need.weights == 4 * 17_345_472
 
 
 def test_the_smallest_number_that_fits_is_named() -> None:
