@@ -1,0 +1,1 @@
+"""What runs inside a sandbox: one static C program, and how it is built."""

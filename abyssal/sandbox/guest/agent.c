@@ -1,0 +1,151 @@
+/* Options and the loop. */
+#define _GNU_SOURCE
+#include "agent.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <grp.h>
+#include <signal.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/prctl.h>
+#include <sys/signalfd.h>
+#include <sys/stat.h>
+#include <sys/utsname.h>
+#include <unistd.h>
+
+static bool bye;
+
+static void ready(uint32_t op) {
+  struct utsname u;
+  struct bytes b = {0};
+  uname(&u);
+  put(&b, "version", VERSION);
+  put_number(&b, "pid", getpid());
+  put_number(&b, "uid", getuid());
+  put(&b, "kernel", u.release);
+  put(&b, "arch", u.machine);
+  send_fields(READY, op, &b);
+}
+
+static void write_text(const char *path, const char *text) {
+  int fd = open(path, O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0644);
+  if (fd < 0) return;
+  if (write(fd, text, strlen(text)) < 0 || write(fd, "\n", 1) < 0) perror(path);
+  close(fd);
+}
+
+static void hello(const struct frame *f) {
+  machine_seed(field(f, "seed", ""));
+  const char *name = field(f, "hostname", NULL), *id = field(f, "machine_id", NULL);
+  if (name && *name && sethostname(name, strlen(name)) < 0 && base.machine) perror("agent: host name");
+  if (id && *id) write_text("/etc/machine-id", id);
+  base.uid = (uid_t)number(f, "uid", base.uid);
+  base.gid = (gid_t)number(f, "gid", base.gid);
+  free(base.cwd);
+  base.cwd = must(strdup(field(f, "cwd", "/")));
+  for (char **e = base.env; e && *e; e++) free(*e);
+  free(base.env);
+  size_t count = 0;
+  base.env = must(calloc(1, sizeof *base.env));
+  for (const char *at = NULL; (at = next_field(f, at));) {
+    if (strncmp(at, "env=", 4)) continue;
+    base.env = must(realloc(base.env, (count + 2) * sizeof *base.env));
+    base.env[count++] = must(strdup(at + 4));
+    base.env[count] = NULL;
+  }
+  struct stat s;
+  if (stat(base.cwd, &s) < 0 && make_folders(base.cwd, 0755) == 0 && chown(base.cwd, base.uid, base.gid) < 0)
+    perror("agent: folder");
+  ready(f->op);
+}
+
+static void handle(const struct frame *f) {
+  switch (f->type) {
+    case HELLO: hello(f); break;
+    case EXEC: process_start(f); break;
+    case STDIN: case END_OF_INPUT: case SIGNAL: case RESIZE: case CREDIT: process_frame(f); break;
+    case READ: case WRITE: case CHUNK: case CLOSE: case STAT: case LIST: case MKDIR: case MOVE: case REMOVE:
+    case LINK: case ABORT: files_frame(f); break;
+    case SYNC: sync(); send_frame(OK, f->op, "", 0); break;
+    case BYE: bye = true; break;
+    default: send_fail(f->op, ENOSYS, "frame");
+  }
+}
+
+static void loop(void) {
+  sigset_t child;
+  sigemptyset(&child);
+  sigaddset(&child, SIGCHLD);
+  sigprocmask(SIG_BLOCK, &child, NULL);
+  int signals = signalfd(-1, &child, SFD_CLOEXEC | SFD_NONBLOCK);
+  size_t room = 4096;
+  struct pollfd *polls = must(calloc(room, sizeof *polls));
+  for (;;) {
+    int wait = process_step();
+    channel_write();
+    polls[0] = (struct pollfd){channel_in(), POLLIN, 0};
+    polls[1] = (struct pollfd){queued() ? channel_out() : -1, POLLOUT, 0};
+    polls[2] = (struct pollfd){signals, POLLIN, 0};
+    size_t count = process_poll(polls + 3, room - 3);
+    if (poll(polls, 3 + count, wait) < 0 && errno != EINTR) return;
+    struct signalfd_siginfo info;
+    while (read(signals, &info, sizeof info) > 0) {}
+    reap();
+    process_ready(polls + 3, count);
+    if (polls[0].revents && !channel_read()) {
+      if (!base.machine) return;
+      usleep(5000); /* nobody holds the other end of the port now; somebody will again */
+    }
+    for (struct frame f; !bye && channel_next(&f);) {
+      handle(&f);
+      if (queued() > QUEUE_HIGH) flush_all();
+    }
+    if (bye) return;
+  }
+}
+
+int main(int argc, char **argv) {
+  int fd = -1;
+  bool first = getpid() == 1;
+  for (int i = 1; i < argc; i++) {
+    if (!strcmp(argv[i], "--init")) base.machine = true;
+    else if (!strcmp(argv[i], "--fd") && i + 1 < argc) fd = atoi(argv[++i]);
+  }
+  signal(SIGPIPE, SIG_IGN);
+  for (int i = 3; i < 1024; i++) fcntl(i, F_SETFD, FD_CLOEXEC);
+  if (base.machine || (fd < 0 && first)) {
+    base.machine = true;
+    fd = machine_begin();
+  }
+  if (fd < 0) {
+    fprintf(stderr, "usage: agent --fd N | --init\n");
+    return 2;
+  }
+  int out = fd ? fd : 1;
+  if (fd <= 2) { /* the channel leaves the numbers that programs use */
+    out = fcntl(out, F_DUPFD_CLOEXEC, 3);
+    fd = fcntl(fd, F_DUPFD_CLOEXEC, 3);
+    int null = open("/dev/null", O_RDWR | O_CLOEXEC);
+    if (null >= 0) {
+      dup2(null, 0);
+      dup2(null, 1);
+      if (null > 2) close(null);
+    }
+  }
+  prctl(PR_SET_CHILD_SUBREAPER, 1);
+  prctl(PR_SET_DUMPABLE, 0); /* programs of the same user must not trace this one */
+  if (!geteuid()) setgroups(0, NULL);
+  umask(022);
+  base.uid = geteuid();
+  base.gid = getegid();
+  base.cwd = must(strdup("/"));
+  base.env = must(calloc(1, sizeof *base.env));
+  channel_open(fd, out);
+  ready(0);
+  loop();
+  kill_everything();
+  if (base.machine) machine_end();
+  return 0;
+}
