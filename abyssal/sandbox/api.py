@@ -140,6 +140,7 @@ class Command:
         stdin: whether `Process.write` will be used; without it, the program reads nothing.
         timeout: seconds after which all its processes are killed, also those that left its session.
         tty: rows and columns of a terminal; everything then arrives as stdout.
+        keep: what it leaves running goes on after its end; otherwise that is killed.
     """
 
     argv: tuple[str, ...]
@@ -149,6 +150,7 @@ class Command:
     stdin: bool = False
     timeout: float | None = None
     tty: tuple[int, int] | None = None
+    keep: bool = False
 
 
 def shell(text: str) -> tuple[str, ...]:

@@ -13,6 +13,7 @@
 #include <sys/signalfd.h>
 #include <sys/stat.h>
 #include <sys/utsname.h>
+#include <time.h>
 #include <unistd.h>
 
 static bool bye;
@@ -30,17 +31,25 @@ static void ready(uint32_t op) {
 }
 
 static void write_text(const char *path, const char *text) {
-  int fd = open(path, O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0644);
+  int fd = open(path, O_WRONLY | O_CREAT | O_TRUNC | O_NOFOLLOW | O_CLOEXEC, 0644);
   if (fd < 0) return;
   if (write(fd, text, strlen(text)) < 0 || write(fd, "\n", 1) < 0) perror(path);
   close(fd);
 }
 
-static void hello(const struct frame *f) {
-  machine_seed(field(f, "seed", ""));
+/* Who this incarnation is. */
+static void identity(const struct frame *f) {
   const char *name = field(f, "hostname", NULL), *id = field(f, "machine_id", NULL);
+  long long ns = number(f, "time_ns", 0);
+  struct timespec t = {ns / 1000000000, ns % 1000000000};
+  machine_seed(field(f, "seed", ""));
+  if (base.machine && ns && clock_settime(CLOCK_REALTIME, &t) < 0) perror("agent: clock");
   if (name && *name && sethostname(name, strlen(name)) < 0 && base.machine) perror("agent: host name");
   if (id && *id) write_text("/etc/machine-id", id);
+}
+
+static void hello(const struct frame *f) {
+  if (getpid() == 1) identity(f); /* else this is not a sandbox of its own, but a test on somebody's machine */
   base.uid = (uid_t)number(f, "uid", base.uid);
   base.gid = (gid_t)number(f, "gid", base.gid);
   free(base.cwd);

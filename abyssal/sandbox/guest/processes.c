@@ -170,6 +170,7 @@ static void close_inherited(void) {
 static void supervise(const struct plan *p, int reports) {
   sigset_t all;
   int failure[2], pair[2], status;
+  siginfo_t left;
   close_inherited();
   sigfillset(&all);
   sigprocmask(SIG_SETMASK, &all, NULL);
@@ -197,7 +198,8 @@ static void supervise(const struct plan *p, int reports) {
   tell(reports, (struct report){BEGUN, pid, 0, 0, 0});
   for (;;) {
     pid_t gone = wait(&status);
-    if (gone == pid) tell(reports, (struct report){ENDED, status, 0, 0, 0});
+    bool alone = waitid(P_ALL, 0, &left, WEXITED | WNOHANG | WNOWAIT) < 0 && errno == ECHILD;
+    if (gone == pid) tell(reports, (struct report){ENDED, status, alone, 0, 0});
     if (gone < 0 && errno == ECHILD) _exit(0);
   }
 }
@@ -414,24 +416,28 @@ static bool pump(struct op *o, int *fd, int type) {
   return true;
 }
 
+static void begun(struct op *o, pid_t pid) {
+  struct bytes b = {0};
+  o->begun = true;
+  o->pid = pid;
+  put_number(&b, "pid", pid);
+  send_fields(STARTED, o->id, &b);
+}
+
 static void reported(struct op *o) {
   struct report r;
   while (read(o->reports, &r, sizeof r) == sizeof r) {
     o->cpu_ms = r.cpu_ms;
     o->peak = r.peak;
     if (r.kind == BEGUN) {
-      struct bytes b = {0};
-      o->begun = true;
-      o->pid = r.value;
-      put_number(&b, "pid", o->pid);
-      send_fields(STARTED, o->id, &b);
+      begun(o, r.value);
     } else if (r.kind == REFUSED) {
       send_fail(o->id, r.value, WHAT[r.what]);
       o->told = o->ended = true;
     } else {
       o->ended = true;
       o->status = r.value;
-      if (!o->keep) begin_kill(o);
+      if (!o->keep && !r.what) begin_kill(o); /* it left something behind */
     }
   }
 }
@@ -478,10 +484,7 @@ void reap(void) {
     if (o->ended) continue;
     o->ended = true;
     o->status = SIGKILL;
-    if (!o->begun) {
-      send_fail(o->id, ESRCH, WHAT[AT_PROCESS]);
-      o->told = true;
-    }
+    if (!o->begun) begun(o, 0); /* the program was quick to kill it */
   }
 }
 
