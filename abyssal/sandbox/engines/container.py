@@ -1,0 +1,94 @@
+"""A live container, whatever runtime started it: the box that runc and gVisor share."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from pathlib import Path
+
+from abyssal.base.files import sha256_of, write_json
+from abyssal.sandbox import agent_process
+from abyssal.sandbox.agent import Agent
+from abyssal.sandbox.agent_files import AgentFiles
+from abyssal.sandbox.api import Box, Command, Feature, Files, Network, Placed, Process, Usage
+from abyssal.sandbox.engines.bundle import SCRUBBED, Root
+from abyssal.sandbox.errors import Cause, Unsupported
+from abyssal.sandbox.host.cgroups import Group
+from abyssal.sandbox.image import pack
+
+STOP_S = 5.0
+
+
+class ContainerBox:
+    """See `Box`."""
+
+    def __init__(
+        self,
+        box_id: str,
+        placed: Placed,
+        features: frozenset[Feature],
+        agent: Agent,
+        root: Root,
+        group: Group,
+        end: Callable[[], Awaitable[None]],
+        copy: Callable[[str, Path], Awaitable[Box]],
+    ):
+        self.id, self.placed, self.features = box_id, placed, features
+        self.files: Files = AgentFiles(agent)
+        self._agent, self._root, self._group = agent, root, group
+        self._end, self._copy = end, copy
+        self._stopped = False
+        agent.cause = self._cause
+        agent.oom_kills = group.oom_kills
+
+    def _cause(self) -> Cause:
+        if self._stopped:
+            return "killed"
+        return "oom" if self._group.oom_kills() else "unknown"
+
+    async def start(self, command: Command) -> Process:
+        return await agent_process.start(self._agent, command)
+
+    async def pause(self) -> None:
+        await asyncio.to_thread(self._group.freeze)
+
+    async def resume(self) -> None:
+        await asyncio.to_thread(self._group.thaw)
+
+    async def snapshot(self, folder: Path, *, memory: bool = False) -> Mapping[str, str]:
+        if memory:
+            raise Unsupported(f"engine {self.placed.engine} keeps no memory in snapshots: choose substrate microvm")
+        await self._agent.sync()
+        return await asyncio.to_thread(self._pack, folder)
+
+    def _pack(self, folder: Path) -> Mapping[str, str]:
+        folder.mkdir(parents=True, exist_ok=True)
+        layer = folder / "layer.erofs"
+        self._group.freeze()  # nothing changes meanwhile
+        try:
+            pack(self._root.upper, layer, SCRUBBED)
+        finally:
+            self._group.thaw()
+        digest = sha256_of(layer)
+        write_json(folder / "layer.json", {"digest": digest, "scrubbed": list(SCRUBBED)})
+        return {"layer": digest}
+
+    async def fork(self, ids: Sequence[str]) -> Sequence[Box]:
+        layer = self._root.folder / "fork"
+        await self.snapshot(layer)
+        return [await self._copy(each, layer / "layer.erofs") for each in ids]
+
+    async def set_network(self, network: Network) -> None:
+        if network.mode != "none":
+            raise Unsupported(f"engine {self.placed.engine} has no network policies yet: use Network('none')")
+
+    async def usage(self) -> Usage:
+        return self._group.usage()
+
+    async def stop(self) -> None:
+        if self._stopped:
+            return
+        self._stopped = True
+        await self._agent.bye()
+        await self._end()
+        await self._agent.close()

@@ -1,0 +1,179 @@
+"""Containers by runc: the kernel is shared, everything else is the container's own (sandbox.md 3, 8)."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import math
+import shutil
+import socket
+import tempfile
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+
+from abyssal.base.errors import AbyssalError
+from abyssal.sandbox.agent import Agent, Hello
+from abyssal.sandbox.api import Boundary, Box, Command, Exit, Feature, Placed, Probe, Spec, Substrate
+from abyssal.sandbox.engines import bundle
+from abyssal.sandbox.engines.bundle import RUN, Root
+from abyssal.sandbox.engines.container import ContainerBox
+from abyssal.sandbox.engines.placing import check
+from abyssal.sandbox.errors import ImageError, Timeout
+from abyssal.sandbox.guest import build
+from abyssal.sandbox.host.cgroups import Group, Hierarchies, left_over
+from abyssal.sandbox.host_image import host_image
+from abyssal.sandbox.image import Image, Store
+
+START_S = 20.0
+
+
+class RuncEngine:
+    """See `Engine`.
+
+    Args:
+        state: folder of layers, images and programs built here.
+    """
+
+    name = "runc"
+    program = "runc"
+    package = "runc"
+    boundary: Boundary = "shared-kernel"
+    filtered = True
+    substrates: tuple[Substrate, ...] = ("container",)
+    features: frozenset[Feature] = frozenset({"files", "stdin", "tty", "background", "pause", "snapshot", "fork"})
+
+    def __init__(self, state: Path):
+        self.state = state
+        self.store = Store(state)
+        self._host: Image | None = None
+        self._hierarchies = Hierarchies.find()
+
+    @property
+    def placed(self) -> Placed:
+        """What boxes of this engine are on this host."""
+        return Placed(self.name, self.boundary, degraded=self._hierarchies.missing())
+
+    async def probe(self) -> Probe:
+        if shutil.which(self.program) is None:
+            return Probe(False, None, f"{self.program} is not installed", f"apt-get install {self.package}")
+        begin = time.monotonic()
+        try:
+            with tempfile.TemporaryDirectory(prefix="probe.", dir=self.state) as folder:
+                box = await self.create(f"probe-{Path(folder).name[6:].lower()}", Spec("container"), Path(folder))
+                try:
+                    process = await box.start(Command(("/bin/true",), timeout=10))
+                    ends = [event async for event in process.events() if isinstance(event, Exit)]
+                finally:
+                    await box.stop()
+        except (AbyssalError, OSError) as error:
+            return Probe(False, None, f"a trial container did not run: {error}", f"apt-get install {self.package}")
+        if ends[0].code:
+            return Probe(False, None, f"a trial command ended with {ends[0].code}")
+        return Probe(True, self.placed, f"a container ran a command in {time.monotonic() - begin:.2f} s")
+
+    async def create(self, box_id: str, spec: Spec, folder: Path) -> Box:
+        check(self.name, self.substrates, self.placed, spec)
+        return await self._create(box_id, spec, folder, await asyncio.to_thread(self._image, spec.image))
+
+    def _image(self, name: str) -> Image:
+        if name != "host":
+            return self.store.get(name)
+        if self._host is None:
+            self._host = host_image(self.store)
+        return self._host
+
+    async def _create(self, box_id: str, spec: Spec, folder: Path, image: Image) -> Box:
+        program = await asyncio.to_thread(self._agent_program)
+        root = await asyncio.to_thread(Root.mount, box_id, folder, spec, image, self.store)
+        group: Group | None = None
+        agent: Agent | None = None
+        try:
+            group = Group.create(box_id, spec.limits, self._hierarchies)
+            cores = group.cores() or math.ceil(spec.limits.cpu)
+            settings = bundle.config(spec, root, image, program, cores, group.path, filtered=self.filtered)
+            (folder / "config.json").write_text(json.dumps(settings))
+            agent = await self._launch(box_id, folder, group)
+            env = {**image.env, **spec.env}
+            await agent.hello(Hello(bundle.HOSTNAME, spec.user, spec.cwd, env), START_S)
+        except BaseException:
+            await self._end(box_id, folder, group)
+            if agent is not None:
+                await agent.close()
+            raise
+
+        async def end() -> None:
+            await self._end(box_id, folder, group)
+
+        async def copy(new_id: str, layer: Path) -> Box:
+            grown = replace(image, workspace=(*image.layers[len(image.base) :], self.store.add(layer)), toolkit=())
+            new_folder = folder.parent / new_id
+            new_folder.mkdir(exist_ok=True)
+            return await self._create(new_id, spec, new_folder, grown)
+
+        return ContainerBox(box_id, self.placed, self.features, agent, root, group, end, copy)
+
+    def _agent_program(self) -> Path:
+        """The agent where the container's users can reach it."""
+        built = build.agent(self.state / "programs")
+        RUN.mkdir(mode=0o711, exist_ok=True)
+        program = RUN / built.name
+        if not program.exists():
+            shutil.copyfile(built, program.with_suffix(".part"))
+            program.with_suffix(".part").chmod(0o755)
+            program.with_suffix(".part").rename(program)
+        return program
+
+    def command(self, box_id: str, *arguments: str) -> list[str]:
+        """The runtime's command line."""
+        return [self.program, "--root", str(RUN / self.name), *arguments, box_id]
+
+    async def _launch(self, box_id: str, folder: Path, group: Group) -> Agent:
+        ours, theirs = socket.socketpair()
+        with theirs, open(folder / "runtime.log", "w+b") as log:
+            pid_file = folder / "pid"
+            arguments = ["run", "--detach", "--bundle", str(folder), "--pid-file", str(pid_file)]
+            command = self.command(box_id, *arguments)
+            runtime = await asyncio.create_subprocess_exec(
+                *command, stdin=theirs.fileno(), stdout=theirs.fileno(), stderr=log
+            )
+            try:
+                async with asyncio.timeout(START_S):
+                    code = await runtime.wait()
+            except TimeoutError as error:
+                runtime.kill()
+                raise Timeout(f"{self.program} did not start a container within {START_S:g} s") from error
+            if code:
+                log.seek(0)
+                said = log.read().decode(errors="replace").strip()[-500:]
+                raise ImageError(f"{self.program} cannot start a container: {said or f'exit code {code}'}")
+            group.add(int(pid_file.read_text()))
+        reader, writer = await asyncio.open_connection(sock=ours)
+        return Agent(reader, writer)
+
+    async def _end(self, box_id: str, folder: Path, group: Group | None) -> None:
+        with suppress(OSError):
+            delete = self.command(box_id, "delete", "--force")
+            runtime = await asyncio.create_subprocess_exec(
+                *delete,
+                stdin=asyncio.subprocess.DEVNULL,
+                stdout=asyncio.subprocess.DEVNULL,
+                stderr=asyncio.subprocess.DEVNULL,
+            )
+            await runtime.wait()
+        if group is not None:
+            await asyncio.to_thread(group.remove)
+        await asyncio.to_thread(bundle.remove, folder, RUN / box_id)
+
+    async def sweep(self, alive: frozenset[str]) -> Sequence[str]:
+        found = set(left_over(self._hierarchies))
+        runtime = RUN / self.name
+        if runtime.is_dir():
+            found |= {path.name for path in runtime.iterdir()}
+        gone = sorted(found - alive)
+        for box_id in gone:
+            # its own folder is the hub's to delete; what is mounted there goes with the mounts of this place
+            await self._end(box_id, RUN / box_id, Group(box_id, self._hierarchies))
+        return gone

@@ -1,0 +1,1 @@
+"""What this host offers to engines: control groups, mounts, system call filters."""
