@@ -95,15 +95,20 @@ class Hello:
 class Agent:
     """A guest agent at the other end of a stream.
 
+    Args:
+        reader, writer: the stream.
+        first: number of the first operation; in a copy of a guest, above those that still run there.
+
     Attributes:
+        lost: whether the stream has ended.
         cause: asked for the reason when the stream has ended.
         oom_kills: how many processes of the sandbox the kernel killed for want of memory, where the host can tell.
     """
 
-    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter):
+    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, first: int = 1):
         self._reader, self._writer = reader, writer
         self._ops: dict[int, asyncio.Queue[Frame | None]] = {}
-        self._numbers = itertools.count(1)
+        self._numbers = itertools.count(first)
         self._hello: Hello | None = None
         self.lost = False
         self.cause: Callable[[], Cause] = lambda: "unknown"

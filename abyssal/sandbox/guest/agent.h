@@ -5,6 +5,7 @@
  * tree.c       all that a command started: found in /proc, stopped, killed
  * files.c      files
  * init.c       what a machine's first process does besides
+ * groups.c     its control groups: limits, what a command used, whether the kernel killed it
  * agent.c      options and the loop
  */
 #ifndef ABYSSAL_AGENT_H
@@ -80,6 +81,15 @@ void files_act(bool as_base); /* take the identity that file operations have, or
 int machine_begin(void); /* the channel's fd */
 void machine_seed(const char *hex);
 void machine_end(void) __attribute__((noreturn));
-long long machine_oom_kills(void);
+size_t read_text(const char *path, char *into, size_t room);
+void kernel_word(const char *key, char *into, size_t room); /* `key=word` of the kernel's command line */
+
+/* groups.c; all of it does nothing outside of machines */
+struct used { long long oom_kills, cpu_ms, peak; }; /* -1 where nobody counts */
+void groups_begin(void);
+void group_enter(uint32_t op);     /* the calling process */
+void group_kill(uint32_t op);
+struct used group_used(uint32_t op);
+void group_remove(uint32_t op);
 
 #endif

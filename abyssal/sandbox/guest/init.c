@@ -34,7 +34,7 @@ static void loopback_up(void) {
   close(fd);
 }
 
-static size_t read_text(const char *path, char *into, size_t room) {
+size_t read_text(const char *path, char *into, size_t room) {
   int fd = open(path, O_RDONLY | O_CLOEXEC);
   ssize_t size = fd < 0 ? 0 : read(fd, into, room - 1);
   if (fd >= 0) close(fd);
@@ -42,13 +42,13 @@ static size_t read_text(const char *path, char *into, size_t room) {
   return size > 0 ? (size_t)size : 0;
 }
 
-/* The word behind `abyssal.port=` on the kernel's command line. */
-static void port_name(char *into, size_t room) {
+void kernel_word(const char *key, char *into, size_t room) {
   char line[4096];
   read_text("/proc/cmdline", line, sizeof line);
-  char *at = strstr(line, "abyssal.port=");
-  snprintf(into, room, "%.*s", at ? (int)strcspn(at + 13, " \n") : 0, at ? at + 13 : "");
-  if (!*into) snprintf(into, room, "abyssal");
+  char *at = strstr(line, key);
+  size_t size = strlen(key);
+  bool found = at && (at == line || at[-1] == ' ') && at[size] == '=';
+  snprintf(into, room, "%.*s", found ? (int)strcspn(at + size + 1, " \n") : 0, found ? at + size + 1 : "");
 }
 
 static int open_port(const char *name) {
@@ -84,7 +84,9 @@ int machine_begin(void) {
   if (symlink("/proc/self/fd/2", "/dev/stderr") < 0 && errno != EEXIST) perror("agent: /dev/stderr");
   loopback_up();
   reboot(RB_DISABLE_CAD);
-  port_name(name, sizeof name);
+  groups_begin();
+  kernel_word("abyssal.port", name, sizeof name);
+  if (!*name) snprintf(name, sizeof name, "abyssal");
   for (int i = 0; i < 1000; i++) {
     int fd = open_port(name);
     struct termios t;
@@ -113,13 +115,6 @@ void machine_seed(const char *hex) {
   if (ioctl(fd, RNDADDENTROPY, &pool) < 0 && write(fd, pool.seed, sizeof pool.seed) < 0) perror("agent: seed");
   ioctl(fd, RNDRESEEDCRNG);
   close(fd);
-}
-
-long long machine_oom_kills(void) {
-  static char text[16384];
-  read_text("/proc/vmstat", text, sizeof text);
-  char *at = strstr(text, "\noom_kill ");
-  return at ? atoll(at + 10) : 0;
 }
 
 void machine_end(void) {

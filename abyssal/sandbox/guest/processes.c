@@ -31,7 +31,7 @@ struct op {
   int reports, out, err, in; /* -1 where closed; for a terminal, out and in are the same descriptor */
   struct bytes input;
   bool tty, keep, input_ends, begun, ended, told, killing, timed_out;
-  long long credit, begin, deadline, kill_begin, oom_kills;
+  long long credit, begin, deadline, kill_begin;
   int status;
   long long cpu_ms, peak;
 };
@@ -58,7 +58,7 @@ static void shut(int *fd) {
 }
 
 /* What the program needs, gathered before the fork. */
-struct plan { char **argv, **env; const char *cwd; uid_t uid; gid_t gid; bool caps; int stdio[3], slave; };
+struct plan { uint32_t op; char **argv, **env; const char *cwd; uid_t uid; gid_t gid; bool caps; int stdio[3], slave; };
 
 static const char *env_of(char **env, const char *key) {
   size_t size = strlen(key);
@@ -139,6 +139,7 @@ static void child(const struct plan *p, int failure) {
     if (write(fd, "1000", 4) < 0) errno = 0;
     close(fd);
   }
+  group_enter(p->op);
   int error = drop_rights(p);
   if (error) refuse(failure, error, AT_USER);
   if (chdir(p->cwd) < 0) refuse(failure, errno, AT_CWD);
@@ -267,6 +268,7 @@ static void drop_op(struct op *o) {
   shut(&o->out);
   shut(&o->err);
   shut(&o->reports);
+  group_remove(o->id);
   free(o->input.at);
   free(o);
 }
@@ -274,7 +276,7 @@ static void drop_op(struct op *o) {
 void process_start(const struct frame *f) {
   size_t count = 0;
   char *cwd = absolute(field(f, "cwd", ""));
-  struct plan p = {.cwd = cwd, .stdio = {-1, -1, -1}, .slave = -1, .env = merge_env(f)};
+  struct plan p = {.op = f->op, .cwd = cwd, .stdio = {-1, -1, -1}, .slave = -1, .env = merge_env(f)};
   p.uid = (uid_t)number(f, "uid", base.uid);
   p.gid = (gid_t)number(f, "gid", base.gid);
   p.caps = number(f, "caps", 0) != 0;
@@ -290,7 +292,6 @@ void process_start(const struct frame *f) {
   ops = o;
   o->keep = number(f, "keep", 0) != 0;
   o->credit = number(f, "window", 0);
-  o->oom_kills = base.machine ? machine_oom_kills() : 0;
   long long timeout = number(f, "timeout_ms", 0);
   o->deadline = timeout > 0 ? o->begin + timeout : 0;
   int end = -1, error = 0;
@@ -389,7 +390,10 @@ static void exited(struct op *o) {
   put_number(&b, "code", sign ? 128 + sign : WEXITSTATUS(o->status));
   put_number(&b, "signal", sign);
   put_number(&b, "timed_out", o->timed_out);
-  put_number(&b, "oom", base.machine ? machine_oom_kills() - o->oom_kills : 0);
+  struct used u = group_used(o->id);
+  if (u.cpu_ms >= 0) o->cpu_ms = u.cpu_ms;
+  if (u.peak >= 0) o->peak = u.peak;
+  put_number(&b, "oom", u.oom_kills > 0 ? u.oom_kills : 0);
   put_number(&b, "ms", now_ms() - o->begin);
   put_number(&b, "cpu_ms", o->cpu_ms);
   put_number(&b, "peak", o->peak);
@@ -512,6 +516,7 @@ int process_step(void) {
     if (o->deadline && !o->ended && !o->timed_out && (wait < 0 || o->deadline - now < wait))
       wait = (int)(o->deadline - now < 60000 ? o->deadline - now : 60000);
     if (o->killing && o->supervisor) {
+      group_kill(o->id);
       bool alive = kill_below(o->supervisor);
       if (!alive && now - o->kill_begin > 1000) kill(o->supervisor, SIGKILL); /* somebody stopped it */
       wait = 2;

@@ -178,8 +178,9 @@ class Group:
             return
         above = folder.parents[1]
         has = _cores(_first(above / "cpuset.cpus.effective", above / "cpuset.cpus"))
-        first = sum(self.name.encode()) % max(1, len(has))
-        chosen = sorted((has + has)[first : first + min(count, len(has))])
+        ours = [core for core in has if core in os.sched_getaffinity(0)] or has
+        first = sum(self.name.encode()) % len(ours)
+        chosen = sorted((ours + ours)[first : first + min(count, len(ours))])
         for level in (folder.parent, folder):
             cores = has if level != folder else chosen
             _try(level / "cpuset.mems", _first(above / "cpuset.mems.effective", above / "cpuset.mems"))

@@ -69,8 +69,8 @@ def _check(result: int, what: str) -> int:
 class Owners:
     """A user namespace that says which owner on disk is which outside: `count` from 0 on are `base` and up.
 
-    Our own root is owner `count` on disk: overlayfs works as the one who mounted it. A child of unshare(1) sleeps in the
-    namespace for as long as this object is open.
+    Our own root is owner `count` on disk: overlayfs works as the one who mounted it. A child of unshare(1) sleeps
+    in the namespace for as long as this object is open.
     """
 
     def __init__(self, base: int, count: int = 65536):
