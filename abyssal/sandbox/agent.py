@@ -113,6 +113,7 @@ class Agent:
         self.lost = False
         self.cause: Callable[[], Cause] = lambda: "unknown"
         self.oom_kills: Callable[[], int] = lambda: 0
+        self._first: asyncio.Future[Frame | None] = asyncio.get_running_loop().create_future()
         self._task = asyncio.create_task(self._receive())
 
     @property
@@ -143,6 +144,11 @@ class Agent:
             raise Unsupported(f"the guest agent speaks version {about.get('version')}, not {wire.VERSION}")
         self._hello = hello
         return about
+
+    async def first(self) -> Mapping[str, str] | None:
+        """What it says unasked when it begins; None where the stream ended instead."""
+        frame = await self._first
+        return frame.values() if frame else None
 
     async def sync(self) -> None:
         """Have all that the guest has written be on its disk."""
@@ -225,6 +231,8 @@ class Agent:
         try:
             while data := await self._reader.read(READ_SIZE):
                 for frame in decoder.feed(data):
+                    if frame.kind == Kind.READY and not self._first.done():
+                        self._first.set_result(frame)
                     if frame.op in self._ops:
                         self._ops[frame.op].put_nowait(frame)
         except (OSError, ValueError):
@@ -234,6 +242,8 @@ class Agent:
 
     def _end(self) -> None:
         self.lost = True
+        if not self._first.done():
+            self._first.set_result(None)
         self._writer.close()
         for frames in self._ops.values():
             frames.put_nowait(None)

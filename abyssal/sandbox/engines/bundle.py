@@ -132,16 +132,16 @@ class Root:
         """Unmount everything and delete the disk; a second time does nothing."""
         remove(self.folder, self.place)
 
-    def cores(self, count: int) -> Path:
-        """A folder to be shown as /sys: nothing but how many cores there are."""
-        cpu = self.place / "sys/devices/system/cpu"
-        cpu.mkdir(parents=True)
-        names = ("online", "possible", "present")
-        for name in names:
-            (cpu / name).write_text(f"0-{count - 1}\n" if count > 1 else "0\n")
-        for number in range(count):
-            (cpu / f"cpu{number}").mkdir()
-        return self.place / "sys"
+
+def cores_folder(place: Path, count: int) -> Path:
+    """A folder to be shown as /sys: nothing but how many cores there are."""
+    cpu = place / "sys/devices/system/cpu"
+    cpu.mkdir(parents=True, exist_ok=True)
+    for name in ("online", "possible", "present"):
+        (cpu / name).write_text(f"0-{count - 1}\n" if count > 1 else "0\n")
+    for number in range(count):
+        (cpu / f"cpu{number}").mkdir(exist_ok=True)
+    return place / "sys"
 
 
 def remove(folder: Path, place: Path) -> None:
@@ -202,7 +202,7 @@ def config(
                 {"type": "RLIMIT_NOFILE", "hard": 4096, "soft": 1024},
             ],
         },
-        "mounts": [*_mounts(memory), *_binds(image, agent, root.cores(cores))],
+        "mounts": [*_mounts(memory), *_binds(image, agent, cores_folder(root.place, cores))],
         "linux": linux,
     }
 

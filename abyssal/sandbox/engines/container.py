@@ -11,7 +11,7 @@ from abyssal.sandbox import agent_process
 from abyssal.sandbox.agent import Agent
 from abyssal.sandbox.agent_files import AgentFiles
 from abyssal.sandbox.api import Box, Command, Feature, Files, Network, Placed, Process, Usage
-from abyssal.sandbox.engines.bundle import SCRUBBED, Root
+from abyssal.sandbox.engines.bundle import SCRUBBED
 from abyssal.sandbox.errors import Cause, Unsupported
 from abyssal.sandbox.host.cgroups import Group
 from abyssal.sandbox.image import pack
@@ -28,32 +28,37 @@ class ContainerBox:
         placed: Placed,
         features: frozenset[Feature],
         agent: Agent,
-        root: Root,
-        group: Group,
+        folder: Path,
+        upper: Path,
+        group: Group | None,
         end: Callable[[], Awaitable[None]],
-        copy: Callable[[str, Path], Awaitable[Box]],
+        copy: Callable[[str, Path], Awaitable[Box]] | None,
     ):
         self.id, self.placed, self.features = box_id, placed, features
         self.files: Files = AgentFiles(agent)
-        self._agent, self._root, self._group = agent, root, group
+        self._agent, self._folder, self._upper, self._group = agent, folder, upper, group
         self._end, self._copy = end, copy
         self._stopped = False
         agent.cause = self._cause
-        agent.oom_kills = group.oom_kills
+        if group is not None:
+            agent.oom_kills = group.oom_kills
 
     def _cause(self) -> Cause:
         if self._stopped:
             return "killed"
-        return "oom" if self._group.oom_kills() else "unknown"
+        return "oom" if self._group is not None and self._group.oom_kills() else "unknown"
 
     async def start(self, command: Command) -> Process:
         return await agent_process.start(self._agent, command)
 
     async def pause(self) -> None:
+        if self._group is None:
+            raise Unsupported(f"engine {self.placed.engine} cannot pause without control groups: run as root")
         await asyncio.to_thread(self._group.freeze)
 
     async def resume(self) -> None:
-        await asyncio.to_thread(self._group.thaw)
+        if self._group is not None:
+            await asyncio.to_thread(self._group.thaw)
 
     async def snapshot(self, folder: Path, *, memory: bool = False) -> Mapping[str, str]:
         if memory:
@@ -64,17 +69,22 @@ class ContainerBox:
     def _pack(self, folder: Path) -> Mapping[str, str]:
         folder.mkdir(parents=True, exist_ok=True)
         layer = folder / "layer.erofs"
-        self._group.freeze()  # nothing changes meanwhile
-        try:
-            pack(self._root.upper, layer, SCRUBBED)
-        finally:
-            self._group.thaw()
+        if self._group is None:
+            pack(self._upper, layer, SCRUBBED)
+        else:
+            self._group.freeze()  # nothing changes meanwhile
+            try:
+                pack(self._upper, layer, SCRUBBED)
+            finally:
+                self._group.thaw()
         digest = sha256_of(layer)
         write_json(folder / "layer.json", {"digest": digest, "scrubbed": list(SCRUBBED)})
         return {"layer": digest}
 
     async def fork(self, ids: Sequence[str]) -> Sequence[Box]:
-        layer = self._root.folder / "fork"
+        if self._copy is None:
+            raise Unsupported(f"engine {self.placed.engine} cannot fork: choose engine runc")
+        layer = self._folder / "fork"
         await self.snapshot(layer)
         return [await self._copy(each, layer / "layer.erofs") for each in ids]
 
@@ -83,7 +93,7 @@ class ContainerBox:
             raise Unsupported(f"engine {self.placed.engine} has no network policies yet: use Network('none')")
 
     async def usage(self) -> Usage:
-        return self._group.usage()
+        return Usage() if self._group is None else self._group.usage()
 
     async def stop(self) -> None:
         if self._stopped:

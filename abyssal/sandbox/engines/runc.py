@@ -113,7 +113,7 @@ class RuncEngine:
             new_folder.mkdir(exist_ok=True)
             return await self._create(new_id, spec, new_folder, grown)
 
-        return ContainerBox(box_id, self.placed, self.features, agent, root, group, end, copy)
+        return ContainerBox(box_id, self.placed, self.features, agent, folder, root.upper, group, end, copy)
 
     def _agent_program(self) -> Path:
         """The agent where the container's users can reach it."""

@@ -1,0 +1,211 @@
+"""Containers by bubblewrap, for hosts where nobody is root (sandbox.md 3, rule 3).
+
+One user, whose number outside is that of whoever runs the platform, or a number of nobody where that is root. The
+host's programs are shown read-only; `/work`, the home and temporary folders can be written. Limits are control groups
+where some can be made, else limits of the process and a watchdog, and then `degraded` says so.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import os
+import secrets
+import shutil
+import socket
+import tempfile
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+
+from abyssal.base.errors import AbyssalError
+from abyssal.sandbox.agent import USERS, Agent, Hello
+from abyssal.sandbox.api import Box, Command, Exit, Feature, Placed, Probe, Spec, Substrate
+from abyssal.sandbox.engines.bundle import AGENT, FIRST_OWNER, HOSTNAME, RANGES, cores_folder
+from abyssal.sandbox.engines.container import ContainerBox
+from abyssal.sandbox.engines.placing import check
+from abyssal.sandbox.engines.watchdog import watch
+from abyssal.sandbox.errors import ImageError, Unsupported
+from abyssal.sandbox.guest import build
+from abyssal.sandbox.host import seccomp
+from abyssal.sandbox.host.cgroups import Group, Hierarchies, left_over
+from abyssal.sandbox.host_image import fill
+
+START_S = 20.0
+WRITABLE = {"work": 0o755, "home/user": 0o755, "var/tmp": 0o777}
+FEATURES: frozenset[Feature] = frozenset({"files", "stdin", "tty", "background", "snapshot"})
+ALWAYS = ("disk-soft", "one user only", "outside of /work, the home and temporary folders nothing can be written")
+
+
+class BwrapEngine:
+    """See `Engine`.
+
+    Args:
+        state: folder of what is built here; others must be able to enter it where the platform runs as root.
+    """
+
+    name = "bwrap"
+    substrates: tuple[Substrate, ...] = ("container",)
+
+    def __init__(self, state: Path):
+        self.state = state
+        self._root: tuple[Path, tuple[str, ...]] | None = None
+        self._hierarchies = Hierarchies.find()
+        self._soft = self._hierarchies.missing()
+        more: frozenset[Feature] = frozenset() if self._soft else frozenset({"pause"})
+        self.features: frozenset[Feature] = FEATURES | more
+
+    @property
+    def placed(self) -> Placed:
+        """What boxes of this engine are on this host."""
+        return Placed(self.name, "shared-kernel", degraded=(*self._soft, *ALWAYS))
+
+    async def probe(self) -> Probe:
+        remedy = "apt-get install bubblewrap libseccomp2"
+        if shutil.which("bwrap") is None:
+            return Probe(False, None, "bwrap is not installed", remedy)
+        begin = time.monotonic()
+        try:
+            with tempfile.TemporaryDirectory(prefix="probe.", dir=self.state) as folder:
+                box = await self.create(f"probe-{secrets.token_hex(4)}", Spec("container"), Path(folder))
+                try:
+                    process = await box.start(Command(("/bin/true",), timeout=10))
+                    ends = [event async for event in process.events() if isinstance(event, Exit)]
+                finally:
+                    await box.stop()
+        except (AbyssalError, OSError) as error:
+            return Probe(False, None, f"a trial container did not run: {error}", remedy)
+        if ends[0].code:
+            return Probe(False, None, f"a trial command ended with {ends[0].code}")
+        return Probe(True, self.placed, f"a container ran a command in {time.monotonic() - begin:.2f} s")
+
+    async def create(self, box_id: str, spec: Spec, folder: Path) -> Box:
+        check(self.name, self.substrates, self.placed, spec)
+        if spec.image != "host":
+            raise ImageError(f"engine bwrap shows image 'host' alone, not {spec.image!r}: use engine runc as root")
+        if spec.user != "user":
+            raise Unsupported("engine bwrap has one user, 'user': use engine runc as root")
+        root, binds = await asyncio.to_thread(self._host_root)
+        owner = FIRST_OWNER + secrets.randbelow(RANGES) if os.geteuid() == 0 else os.geteuid()
+        self._own(folder, owner)
+        group = None if self._soft else Group.create(box_id, spec.limits, self._hierarchies)
+        cores = (group.cores() if group else None) or math.ceil(spec.limits.cpu)
+        command = self._command(spec, folder, root, binds, cores)
+        child, agent = await self._launch(command, folder, owner)
+        dog: asyncio.Task[None] | None = None
+
+        async def end() -> None:
+            if dog is not None:
+                dog.cancel()
+            with suppress(TimeoutError):
+                async with asyncio.timeout(2):
+                    await child.wait()
+            if child.returncode is None:
+                child.kill()
+                await child.wait()
+            if group is not None:
+                await asyncio.to_thread(group.remove)
+            await asyncio.to_thread(_remove, folder)
+
+        try:
+            if group is not None:
+                await asyncio.to_thread(_enter, group, child.pid)
+            await agent.hello(Hello(HOSTNAME, spec.user, spec.cwd, spec.env, machine_id=""), START_S)
+        except BaseException:
+            child.kill()
+            await end()
+            await agent.close()
+            raise
+        dog = asyncio.create_task(watch(child.pid, folder / "upper", spec.limits, memory=group is None))
+        upper = folder / "upper"
+        return ContainerBox(box_id, self.placed, self.features, agent, folder, upper, group, end, None)
+
+    def _host_root(self) -> tuple[Path, tuple[str, ...]]:
+        """The root that all boxes share, read-only; of each process anew, since the host may have changed."""
+        if self._root is None:
+            place = Path(tempfile.mkdtemp(prefix="bwrap-root.", dir=self.state))
+            place.chmod(0o755)
+            self._root = (place / "root", fill(place / "root"))
+        return self._root
+
+    def _own(self, folder: Path, owner: int) -> None:
+        for name, mode in WRITABLE.items():
+            path = folder / "upper" / name
+            path.mkdir(parents=True, exist_ok=True)
+            path.chmod(mode)
+            if os.geteuid() == 0:
+                os.chown(path, owner, owner)
+        folder.chmod(0o711)
+
+    def _command(self, spec: Spec, folder: Path, root: Path, binds: Sequence[str], cores: int) -> list[str]:
+        user, limits = USERS["user"], spec.limits
+        bounds = ["prlimit", f"--fsize={limits.disk}", "--core=0", "--nofile=1024:4096"]
+        if self._soft:
+            bounds += [f"--data={limits.memory}", f"--nproc={limits.pids}", "taskset", "-c", _some_cores(cores)]
+        shown = ["--ro-bind", str(root), "/"]
+        for name in binds:
+            shown += ["--ro-bind", name, name]
+        for name in WRITABLE:
+            shown += ["--bind", str(folder / "upper" / name), f"/{name}"]
+        shown += ["--proc", "/proc", "--dev", "/dev", "--size", str(limits.memory // 2), "--tmpfs", "/tmp"]
+        shown += ["--size", str(limits.memory // 2), "--tmpfs", "/dev/shm", "--tmpfs", "/run"]
+        shown += ["--ro-bind", str(build.agent(self.state / "programs")), AGENT]
+        shown += ["--ro-bind", str(cores_folder(folder, cores)), "/sys", "--remount-ro", "/run"]
+        apart = ["--unshare-all", "--unshare-user", "--disable-userns", "--uid", str(user.uid), "--gid", str(user.gid)]
+        apart += ["--hostname", HOSTNAME, "--die-with-parent", "--new-session", "--as-pid-1", "--cap-drop", "ALL"]
+        return [*bounds, "bwrap", *apart, *shown, "--clearenv", "--chdir", "/"]
+
+    async def _launch(
+        self, command: Sequence[str], folder: Path, owner: int
+    ) -> tuple[asyncio.subprocess.Process, Agent]:
+        ours, theirs = socket.socketpair()
+        filter_fd = os.memfd_create("filter")
+        try:
+            os.write(filter_fd, seccomp.as_program())
+            os.lseek(filter_fd, 0, os.SEEK_SET)
+            whole = [*command, "--seccomp", str(filter_fd), AGENT, "--fd", "0"]
+            other = owner if os.geteuid() == 0 else None
+            groups: list[str | int] | None = None if other is None else []
+            with theirs, open(folder / "runtime.log", "wb") as log:
+                child = await asyncio.create_subprocess_exec(
+                    *whole,
+                    stdin=theirs.fileno(),
+                    stdout=theirs.fileno(),
+                    stderr=log,
+                    pass_fds=(filter_fd,),
+                    user=other,
+                    group=other,
+                    extra_groups=groups,
+                )
+        finally:
+            os.close(filter_fd)
+        reader, writer = await asyncio.open_connection(sock=ours)
+        agent = Agent(reader, writer)
+        if (await agent.first()) is None:
+            await child.wait()
+            said = (folder / "runtime.log").read_text(errors="replace").strip()[-500:]
+            raise ImageError(f"bwrap cannot start a container: {said or f'exit code {child.returncode}'}")
+        return child, agent
+
+    async def sweep(self, alive: frozenset[str]) -> Sequence[str]:
+        gone = sorted(set(left_over(self._hierarchies)) - alive)
+        for box_id in gone:  # processes of a platform that died have died with it
+            await asyncio.to_thread(Group(box_id, self._hierarchies).remove)
+        return gone
+
+
+def _some_cores(count: int) -> str:
+    return ",".join(map(str, sorted(os.sched_getaffinity(0))[:count]))
+
+
+def _enter(group: Group, pid: int) -> None:
+    """bwrap and the agent below it; nothing else runs yet."""
+    for path in Path(f"/proc/{pid}/task").glob("*/children"):
+        for child in path.read_text().split():
+            group.add(int(child))
+
+
+def _remove(folder: Path) -> None:
+    shutil.rmtree(folder / "upper", ignore_errors=True)
+    shutil.rmtree(folder / "sys", ignore_errors=True)
