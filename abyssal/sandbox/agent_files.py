@@ -51,7 +51,7 @@ class AgentFiles:
         """The whole file from parts, aside and then renamed."""
         agent = self._agent
         stamp = [("mtime_ns", round(mtime * 1e9))] if mtime >= 0 else []
-        head = wire.fields([("path", path), ("mode", f"{mode:o}"), *stamp])
+        head = _fields(("path", path), ("mode", f"{mode:o}"), *stamp)
         async with agent.operation() as (op, frames):
             await agent.send(Kind.WRITE, op, head)
             try:
@@ -73,7 +73,7 @@ class AgentFiles:
         agent = self._agent
         found: list[dict[str, str]] = []
         async with agent.operation() as (op, frames):
-            await agent.send(Kind.LIST, op, wire.fields([("path", path), ("limit", MOST)]))
+            await agent.send(Kind.LIST, op, _fields(("path", path), ("limit", MOST)))
             while (frame := self._check(path, await agent.next(frames))).kind == Kind.LISTED:
                 for key, value in frame.fields():
                     if key == "name":
@@ -105,16 +105,20 @@ class AgentFiles:
 
     async def _ask(self, kind: Kind, path: str, *items: tuple[str, object]) -> Frame:
         async with self._agent.operation() as (op, frames):
-            try:
-                await self._agent.send(kind, op, wire.fields([("path", path), *items]))
-            except ValueError as error:
-                raise PathError(str(error)) from error
+            await self._agent.send(kind, op, _fields(("path", path), *items))
             return self._check(path, await self._agent.next(frames))
 
     def _check(self, path: str, frame: Frame) -> Frame:
         if frame.kind == Kind.FAIL:
             raise _error(path, frame)
         return frame
+
+
+def _fields(*items: tuple[str, object]) -> bytes:
+    try:
+        return wire.fields(items)
+    except ValueError as error:
+        raise PathError(str(error)) from error
 
 
 def _stat(path: str, said: dict[str, str]) -> Stat:

@@ -118,7 +118,8 @@ async def pack(files: Tree, folder: str) -> AsyncIterator[bytes]:
         if at.kind == "folder":
             info.type = tarfile.DIRTYPE
             below = list(await files.list(at.path))
-            pending += [(each, posixpath.join(name, posixpath.basename(each.path))) for each in reversed(below)]
+            above = "" if name == "." else name
+            pending += [(each, posixpath.join(above, posixpath.basename(each.path))) for each in reversed(below)]
         elif at.kind == "link":
             info.type, info.linkname = tarfile.SYMTYPE, at.target
         elif at.kind == "file":

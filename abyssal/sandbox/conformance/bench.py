@@ -16,7 +16,7 @@ from abyssal.sandbox.api import MIB, Box, Command, Engine, Exit, Feature, Limits
 SMALL = Limits(memory=128 * MIB, pids=64, disk=64 * MIB)
 
 
-class Failed(AssertionError):
+class Failed(AssertionError):  # noqa: N818
     """An engine does not do what it has to."""
 
 
@@ -64,12 +64,14 @@ class Bench:
     engine: Engine
     folder: Path
     spec: Spec = field(default_factory=lambda: Spec("container", limits=SMALL))
+    made: list[str] = field(default_factory=list)  # ids of boxes
 
     @asynccontextmanager
     async def box(self, **changes: Any) -> AsyncIterator[Box]:
         """A box that is stopped in the end."""
         settings = {name: getattr(self.spec, name) for name in self.spec.__dataclass_fields__} | changes
         box_id = f"check-{uuid.uuid4().hex[:12]}"
+        self.made.append(box_id)
         folder = Path(tempfile.mkdtemp(prefix="box.", dir=self.folder))
         try:
             box = await self.engine.create(box_id, Spec(**settings), folder)

@@ -2,6 +2,7 @@
 #define _GNU_SOURCE
 #include "agent.h"
 
+#include <dirent.h>
 #include <errno.h>
 #include <fcntl.h>
 #include <grp.h>
@@ -48,6 +49,14 @@ static void identity(const struct frame *f) {
   if (id && *id) write_text("/etc/machine-id", id);
 }
 
+static bool empty(const char *path) {
+  DIR *folder = opendir(path);
+  int count = 0;
+  while (folder && count < 3 && readdir(folder)) count++;
+  if (folder) closedir(folder);
+  return folder && count < 3;
+}
+
 static void hello(const struct frame *f) {
   if (getpid() == 1) identity(f); /* else this is not a sandbox of its own, but a test on somebody's machine */
   base.uid = (uid_t)number(f, "uid", base.uid);
@@ -65,7 +74,8 @@ static void hello(const struct frame *f) {
     base.env[count] = NULL;
   }
   struct stat s;
-  if (stat(base.cwd, &s) < 0 && make_folders(base.cwd, 0755) == 0 && chown(base.cwd, base.uid, base.gid) < 0)
+  if (stat(base.cwd, &s) < 0) make_folders(base.cwd, 0755);
+  if (!stat(base.cwd, &s) && s.st_uid != base.uid && empty(base.cwd) && chown(base.cwd, base.uid, base.gid) < 0)
     perror("agent: folder");
   ready(f->op);
 }

@@ -126,7 +126,7 @@ def overlay(lower: Sequence[Path], upper: Path, work: Path, point: Path) -> None
         ImageError: the kernel refused.
     """
     layers = ":".join(str(each) for each in lower)
-    fixed = "redirect_dir=off,metacopy=off,index=off,xino=off,volatile"
+    fixed = "redirect_dir=off,metacopy=off,index=off,xino=off,uuid=off,volatile"
     options = f"lowerdir={layers},upperdir={upper},workdir={work},{fixed}"
     mount("-t", "overlay", "overlay", "-o", options, str(point))
 
@@ -145,7 +145,7 @@ def disk(size: int, templates: Path, file: Path) -> None:
         templates.mkdir(parents=True, exist_ok=True)
         with write_aside(template) as aside:
             os.truncate(aside, size)
-            options = ["-O", "^has_journal", "-E", "lazy_itable_init=1,nodiscard", "-m", "0", "-N", "262144"]
+            options = ["-O", "^has_journal", "-E", "lazy_itable_init=1,nodiscard", "-m", "0", "-i", "4096"]
             done = subprocess.run([mkfs, "-q", *options, str(aside)], capture_output=True, text=True, check=False)
             if done.returncode:
                 raise Unsupported(f"mkfs.ext4 refused a disk of {size} bytes: {done.stderr.strip()}")
