@@ -20,10 +20,7 @@ ENGINES: dict[str, Callable[[Path], Engine]] = {"runc": RuncEngine, "bwrap": Bwr
 
 @pytest.fixture(scope="session")
 def state(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("state")
-    for each in (folder, *list(folder.parents)[:2]):
-        each.chmod(0o755)  # bubblewrap runs as somebody else
-    return folder
+    return tmp_path_factory.mktemp("state")
 
 
 @cache

@@ -83,7 +83,7 @@ async def the_same_content_has_the_same_digest(bench: Bench) -> None:
     scripts = (
         "mkdir -p a/b; echo 1 > a/b/x; echo 2 > a/y; chmod 600 a/y; ln -s a/y link; echo secret > ~/.bash_history",
         "mkdir a; echo 2 > a/y; sleep 0.1; ln -s a/y link; chmod 600 a/y; mkdir a/b; echo gone > z; "
-        "echo 1 > a/b/x; rm z",
+        "echo 1 > a/b/x; rm z; echo other secret > ~/.bash_history",
     )
     digests = []
     for script in scripts:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from abyssal.sandbox.api import Spec
+from abyssal.sandbox.guest import build
 from abyssal.sandbox.host import mounts, seccomp
 from abyssal.sandbox.host.mounts import Owners
 from abyssal.sandbox.image import Image, Store
@@ -131,6 +132,18 @@ class Root:
     def remove(self) -> None:
         """Unmount everything and delete the disk; a second time does nothing."""
         remove(self.folder, self.place)
+
+
+def reachable_agent(state: Path) -> Path:
+    """The agent's program, where containers' users can reach it."""
+    built = build.agent(state / "programs")
+    RUN.mkdir(mode=0o711, exist_ok=True)
+    program = RUN / built.name
+    if not program.exists():
+        shutil.copyfile(built, program.with_suffix(".part"))
+        program.with_suffix(".part").chmod(0o755)
+        program.with_suffix(".part").rename(program)
+    return program
 
 
 def cores_folder(place: Path, count: int) -> Path:

@@ -22,13 +22,14 @@ from pathlib import Path
 from abyssal.base.errors import AbyssalError
 from abyssal.sandbox.agent import USERS, Agent, Hello
 from abyssal.sandbox.api import Box, Command, Exit, Feature, Placed, Probe, Spec, Substrate
-from abyssal.sandbox.engines.bundle import AGENT, FIRST_OWNER, HOSTNAME, RANGES, cores_folder
+from abyssal.sandbox.engines.bundle import AGENT, FIRST_OWNER, HOSTNAME, RANGES, RUN, cores_folder, reachable_agent
+from abyssal.sandbox.engines.bundle import remove as bundle_remove
 from abyssal.sandbox.engines.container import ContainerBox
 from abyssal.sandbox.engines.placing import check
 from abyssal.sandbox.engines.watchdog import watch
 from abyssal.sandbox.errors import ImageError, Unsupported
 from abyssal.sandbox.guest import build
-from abyssal.sandbox.host import seccomp
+from abyssal.sandbox.host import mounts, seccomp
 from abyssal.sandbox.host.cgroups import Group, Hierarchies, left_over
 from abyssal.sandbox.host_image import fill
 
@@ -42,7 +43,7 @@ class BwrapEngine:
     """See `Engine`.
 
     Args:
-        state: folder of what is built here; others must be able to enter it where the platform runs as root.
+        state: folder of what is built here.
     """
 
     name = "bwrap"
@@ -51,6 +52,7 @@ class BwrapEngine:
     def __init__(self, state: Path):
         self.state = state
         self._root: tuple[Path, tuple[str, ...]] | None = None
+        self._is_root = os.geteuid() == 0
         self._hierarchies = Hierarchies.find()
         self._soft = self._hierarchies.missing()
         more: frozenset[Feature] = frozenset() if self._soft else frozenset({"pause"})
@@ -87,11 +89,12 @@ class BwrapEngine:
         if spec.user != "user":
             raise Unsupported("engine bwrap has one user, 'user': use engine runc as root")
         root, binds = await asyncio.to_thread(self._host_root)
-        owner = FIRST_OWNER + secrets.randbelow(RANGES) if os.geteuid() == 0 else os.geteuid()
-        self._own(folder, owner)
+        owner = FIRST_OWNER + secrets.randbelow(RANGES) if self._is_root else os.geteuid()
+        await asyncio.to_thread(self._own, box_id, folder, owner)
         group = None if self._soft else Group.create(box_id, spec.limits, self._hierarchies)
         cores = (group.cores() if group else None) or math.ceil(spec.limits.cpu)
-        command = self._command(spec, folder, root, binds, cores)
+        place = RUN / box_id if self._is_root else folder
+        command = self._command(spec, place, root, binds, cores)
         child, agent = await self._launch(command, folder, owner)
         dog: asyncio.Task[None] | None = None
 
@@ -106,7 +109,7 @@ class BwrapEngine:
                 await child.wait()
             if group is not None:
                 await asyncio.to_thread(group.remove)
-            await asyncio.to_thread(_remove, folder)
+            await asyncio.to_thread(_remove, folder, RUN / box_id)
 
         try:
             if group is not None:
@@ -124,22 +127,29 @@ class BwrapEngine:
     def _host_root(self) -> tuple[Path, tuple[str, ...]]:
         """The root that all boxes share, read-only; of each process anew, since the host may have changed."""
         if self._root is None:
-            place = Path(tempfile.mkdtemp(prefix="bwrap-root.", dir=self.state))
+            if self._is_root:
+                RUN.mkdir(mode=0o711, exist_ok=True)
+            place = Path(tempfile.mkdtemp(prefix="bwrap-root.", dir=RUN if self._is_root else self.state))
             place.chmod(0o755)
             self._root = (place / "root", fill(place / "root"))
         return self._root
 
-    def _own(self, folder: Path, owner: int) -> None:
+    def _own(self, box_id: str, folder: Path, owner: int) -> None:
+        """What the box writes, under its owner and on a way that the owner can go."""
         for name, mode in WRITABLE.items():
             path = folder / "upper" / name
             path.mkdir(parents=True, exist_ok=True)
             path.chmod(mode)
-            if os.geteuid() == 0:
+            if self._is_root:
                 os.chown(path, owner, owner)
-        folder.chmod(0o711)
+        if self._is_root:
+            place = RUN / box_id / "upper"
+            place.mkdir(mode=0o711, parents=True)
+            mounts.mount("--bind", str(folder / "upper"), str(place))
 
-    def _command(self, spec: Spec, folder: Path, root: Path, binds: Sequence[str], cores: int) -> list[str]:
+    def _command(self, spec: Spec, place: Path, root: Path, binds: Sequence[str], cores: int) -> list[str]:
         user, limits = USERS["user"], spec.limits
+        agent = reachable_agent(self.state) if self._is_root else build.agent(self.state / "programs")
         bounds = ["prlimit", f"--fsize={limits.disk}", "--core=0", "--nofile=1024:4096"]
         if self._soft:
             bounds += [f"--data={limits.memory}", f"--nproc={limits.pids}", "taskset", "-c", _some_cores(cores)]
@@ -147,11 +157,11 @@ class BwrapEngine:
         for name in binds:
             shown += ["--ro-bind", name, name]
         for name in WRITABLE:
-            shown += ["--bind", str(folder / "upper" / name), f"/{name}"]
+            shown += ["--bind", str(place / "upper" / name), f"/{name}"]
         shown += ["--proc", "/proc", "--dev", "/dev", "--size", str(limits.memory // 2), "--tmpfs", "/tmp"]
         shown += ["--size", str(limits.memory // 2), "--tmpfs", "/dev/shm", "--tmpfs", "/run"]
-        shown += ["--ro-bind", str(build.agent(self.state / "programs")), AGENT]
-        shown += ["--ro-bind", str(cores_folder(folder, cores)), "/sys", "--remount-ro", "/run"]
+        shown += ["--ro-bind", str(agent), AGENT]
+        shown += ["--ro-bind", str(cores_folder(place, cores)), "/sys", "--remount-ro", "/run"]
         apart = ["--unshare-all", "--unshare-user", "--disable-userns", "--uid", str(user.uid), "--gid", str(user.gid)]
         apart += ["--hostname", HOSTNAME, "--die-with-parent", "--new-session", "--as-pid-1", "--cap-drop", "ALL"]
         return [*bounds, "bwrap", *apart, *shown, "--clearenv", "--chdir", "/"]
@@ -165,7 +175,7 @@ class BwrapEngine:
             os.write(filter_fd, seccomp.as_program())
             os.lseek(filter_fd, 0, os.SEEK_SET)
             whole = [*command, "--seccomp", str(filter_fd), AGENT, "--fd", "0"]
-            other = owner if os.geteuid() == 0 else None
+            other = owner if self._is_root else None
             groups: list[str | int] | None = None if other is None else []
             with theirs, open(folder / "runtime.log", "wb") as log:
                 child = await asyncio.create_subprocess_exec(
@@ -206,6 +216,7 @@ def _enter(group: Group, pid: int) -> None:
             group.add(int(child))
 
 
-def _remove(folder: Path) -> None:
+def _remove(folder: Path, place: Path) -> None:
+    bundle_remove(folder, place)
     shutil.rmtree(folder / "upper", ignore_errors=True)
     shutil.rmtree(folder / "sys", ignore_errors=True)

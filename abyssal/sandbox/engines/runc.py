@@ -22,7 +22,6 @@ from abyssal.sandbox.engines.bundle import RUN, Root
 from abyssal.sandbox.engines.container import ContainerBox
 from abyssal.sandbox.engines.placing import check
 from abyssal.sandbox.errors import ImageError, Timeout
-from abyssal.sandbox.guest import build
 from abyssal.sandbox.host.cgroups import Group, Hierarchies, left_over
 from abyssal.sandbox.host_image import host_image
 from abyssal.sandbox.image import Image, Store
@@ -86,7 +85,7 @@ class RuncEngine:
         return self._host
 
     async def _create(self, box_id: str, spec: Spec, folder: Path, image: Image) -> Box:
-        program = await asyncio.to_thread(self._agent_program)
+        program = await asyncio.to_thread(bundle.reachable_agent, self.state)
         root = await asyncio.to_thread(Root.mount, box_id, folder, spec, image, self.store)
         group: Group | None = None
         agent: Agent | None = None
@@ -114,17 +113,6 @@ class RuncEngine:
             return await self._create(new_id, spec, new_folder, grown)
 
         return ContainerBox(box_id, self.placed, self.features, agent, folder, root.upper, group, end, copy)
-
-    def _agent_program(self) -> Path:
-        """The agent where the container's users can reach it."""
-        built = build.agent(self.state / "programs")
-        RUN.mkdir(mode=0o711, exist_ok=True)
-        program = RUN / built.name
-        if not program.exists():
-            shutil.copyfile(built, program.with_suffix(".part"))
-            program.with_suffix(".part").chmod(0o755)
-            program.with_suffix(".part").rename(program)
-        return program
 
     def command(self, box_id: str, *arguments: str) -> list[str]:
         """The runtime's command line."""
