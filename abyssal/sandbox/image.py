@@ -186,9 +186,13 @@ class Store:
         return image
 
 
-def pack(folder: Path, file: Path, exclude: Sequence[str] = ()) -> None:
+def pack(folder: Path, file: Path, exclude: Sequence[str] = (), owner: int | None = None) -> None:
     """A folder as an EROFS file: sorted names, fixed times and identity, so that the same content gives the same bytes.
 
+    Args:
+        folder, exclude: see `Store.pack`.
+        file: to be written.
+        owner: of everything, whoever owns it in the folder; None for what is there.
     Raises:
         Unsupported: mkfs.erofs is missing.
         ImageError: it refused.
@@ -198,6 +202,8 @@ def pack(folder: Path, file: Path, exclude: Sequence[str] = ()) -> None:
         raise Unsupported("layers need mkfs.erofs: apt-get install erofs-utils")
     options = ["--quiet", "-T0", "-U00000000-0000-0000-0000-000000000000", "-x0"]
     options += [f"--exclude-path={path}" for path in exclude]
+    if owner is not None:
+        options += [f"--force-uid={owner}", f"--force-gid={owner}"]
     done = subprocess.run([mkfs, *options, str(file), str(folder)], capture_output=True, text=True, check=False)
     if done.returncode:
         raise ImageError(f"mkfs.erofs cannot pack {folder}: {(done.stderr or done.stdout).strip()[-300:]}")

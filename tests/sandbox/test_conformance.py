@@ -13,9 +13,10 @@ from abyssal.sandbox.api import Engine, Probe
 from abyssal.sandbox.conformance.bench import Check
 from abyssal.sandbox.conformance.suite import CHECKS, missing, put
 from abyssal.sandbox.engines.bwrap import BwrapEngine
+from abyssal.sandbox.engines.gvisor import GvisorEngine
 from abyssal.sandbox.engines.runc import RuncEngine
 
-ENGINES: dict[str, Callable[[Path], Engine]] = {"runc": RuncEngine, "bwrap": BwrapEngine}
+ENGINES: dict[str, Callable[[Path], Engine]] = {"runc": RuncEngine, "bwrap": BwrapEngine, "gvisor": GvisorEngine}
 
 
 @pytest.fixture(scope="session")

@@ -52,7 +52,6 @@ ATTEMPTS = {
     "setuid root": (105, "0"),
     "sethostname": (170, "b'other', 5"),
     "ptrace the agent": (101, "16, 1, 0, 0"),
-    "kill the agent": (62, "1, 0"),
     "raise a limit": (
         302,
         "0, 7, ctypes.byref(ctypes.create_string_buffer(b'\\xff'*7+b'\\x00'+b'\\xff'*7+b'\\x00')), 0",
@@ -103,7 +102,7 @@ async def system_calls(bench: Bench) -> None:
     for user in ("user", "root"):
         if user == "root" and await strongest_user(bench) != "root":
             continue
-        allowed = {"setuid root", "kill the agent"} if user == "root" else set()
+        allowed = {"setuid root"} if user == "root" else set()
         async with bench.box(user=user) as box:
             shown = STRENGTH[box.placed.boundary] > STRENGTH["shared-kernel"]
             for name in ATTEMPTS:

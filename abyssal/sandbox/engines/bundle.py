@@ -180,7 +180,7 @@ def config(
         agent: the program to run.
         cores: that programs shall see.
         group: path of its control group, or None.
-        filtered: whether the runtime takes a filter of system calls (gVisor has its own).
+        filtered: whether system calls are filtered (a kernel of its own refuses by itself).
     """
     memory = spec.limits.memory
     capabilities = [f"CAP_{name}" for name in CAPABILITIES]

@@ -22,7 +22,16 @@ from pathlib import Path
 from abyssal.base.errors import AbyssalError
 from abyssal.sandbox.agent import USERS, Agent, Hello
 from abyssal.sandbox.api import Box, Command, Exit, Feature, Placed, Probe, Spec, Substrate
-from abyssal.sandbox.engines.bundle import AGENT, FIRST_OWNER, HOSTNAME, RANGES, RUN, cores_folder, reachable_agent
+from abyssal.sandbox.engines.bundle import (
+    AGENT,
+    FIRST_OWNER,
+    HOSTNAME,
+    MASKED,
+    RANGES,
+    RUN,
+    cores_folder,
+    reachable_agent,
+)
 from abyssal.sandbox.engines.bundle import remove as bundle_remove
 from abyssal.sandbox.engines.container import ContainerBox
 from abyssal.sandbox.engines.placing import check
@@ -122,7 +131,9 @@ class BwrapEngine:
             raise
         dog = asyncio.create_task(watch(child.pid, folder / "upper", spec.limits, memory=group is None))
         upper = folder / "upper"
-        return ContainerBox(box_id, self.placed, self.features, agent, folder, upper, group, end, None)
+        return ContainerBox(
+            box_id, self.placed, self.features, agent, folder, upper, group, end, None, USERS["user"].uid
+        )
 
     def _host_root(self) -> tuple[Path, tuple[str, ...]]:
         """The root that all boxes share, read-only; of each process anew, since the host may have changed."""
@@ -158,7 +169,7 @@ class BwrapEngine:
             shown += ["--ro-bind", name, name]
         for name in WRITABLE:
             shown += ["--bind", str(place / "upper" / name), f"/{name}"]
-        shown += ["--proc", "/proc", "--dev", "/dev", "--size", str(limits.memory // 2), "--tmpfs", "/tmp"]
+        shown += ["--proc", "/proc", *_masks(), "--dev", "/dev", "--size", str(limits.memory // 2), "--tmpfs", "/tmp"]
         shown += ["--size", str(limits.memory // 2), "--tmpfs", "/dev/shm", "--tmpfs", "/run"]
         shown += ["--ro-bind", str(agent), AGENT]
         shown += ["--ro-bind", str(cores_folder(place, cores)), "/sys", "--remount-ro", "/run"]
@@ -203,6 +214,18 @@ class BwrapEngine:
         for box_id in gone:  # processes of a platform that died have died with it
             await asyncio.to_thread(Group(box_id, self._hierarchies).remove)
         return gone
+
+
+def _masks() -> list[str]:
+    """What `/proc` shows of the whole host, covered."""
+    options = []
+    for name in MASKED:
+        path = Path("/proc") / name
+        if path.is_dir():
+            options += ["--tmpfs", str(path), "--remount-ro", str(path)]
+        elif path.exists():
+            options += ["--ro-bind", "/dev/null", str(path)]
+    return options
 
 
 def _some_cores(count: int) -> str:

@@ -33,11 +33,12 @@ class ContainerBox:
         group: Group | None,
         end: Callable[[], Awaitable[None]],
         copy: Callable[[str, Path], Awaitable[Box]] | None,
+        owner: int | None = None,
     ):
         self.id, self.placed, self.features = box_id, placed, features
         self.files: Files = AgentFiles(agent)
         self._agent, self._folder, self._upper, self._group = agent, folder, upper, group
-        self._end, self._copy = end, copy
+        self._end, self._copy, self._owner = end, copy, owner
         self._stopped = False
         agent.cause = self._cause
         if group is not None:
@@ -70,11 +71,11 @@ class ContainerBox:
         folder.mkdir(parents=True, exist_ok=True)
         layer = folder / "layer.erofs"
         if self._group is None:
-            pack(self._upper, layer, SCRUBBED)
+            pack(self._upper, layer, SCRUBBED, self._owner)
         else:
             self._group.freeze()  # nothing changes meanwhile
             try:
-                pack(self._upper, layer, SCRUBBED)
+                pack(self._upper, layer, SCRUBBED, self._owner)
             finally:
                 self._group.thaw()
         digest = sha256_of(layer)

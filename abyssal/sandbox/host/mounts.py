@@ -8,7 +8,6 @@ import os
 import shutil
 import subprocess
 from collections.abc import Sequence
-from contextlib import suppress
 from pathlib import Path
 
 from abyssal.base.files import write_aside
@@ -44,9 +43,7 @@ def mount(*arguments: str) -> None:
 
 def unmount(point: Path) -> None:
     """Take a mount away, at once for names and later for who still uses it; nothing happens where none is."""
-    with suppress(OSError):
-        if point.is_mount():
-            _LIBC.umount2(os.fsencode(point), 2)
+    _LIBC.umount2(os.fsencode(point), 2)
 
 
 def mounts_below(folder: Path) -> list[Path]:
