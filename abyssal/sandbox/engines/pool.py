@@ -1,0 +1,278 @@
+"""Functions in warm containers: each call gets a Python that has started already, in a container of its own.
+
+A worker serves one call; then its container goes, with every file, process and shared memory in it, so nothing can be
+left for the next call (sandbox.md 3, rule 6). Meanwhile another one is made. Calls are commands of two forms:
+
+    ("python3", "-c", SOURCE, ARGUMENT, ...)      source text
+    ("call", "MODULE:FUNCTION", JSON LIST)        the result is printed as JSON
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NoReturn, cast
+
+from abyssal.base.errors import AbyssalError
+from abyssal.sandbox.api import (
+    Box,
+    Command,
+    Engine,
+    Exit,
+    Feature,
+    Files,
+    Network,
+    Placed,
+    Probe,
+    Process,
+    ProcessEvent,
+    Spec,
+    Stdout,
+    Substrate,
+    Usage,
+)
+from abyssal.sandbox.engines import pool_worker
+from abyssal.sandbox.engines.placing import check
+from abyssal.sandbox.errors import AgentLost, NotFound, SandboxError, Unsupported
+
+WARM = 2  # workers that wait, for each box
+READY_S = 30.0
+WORKER = Path(pool_worker.__file__)
+
+
+def as_call(command: Command, spec: Spec) -> dict[str, Any]:
+    """A command as what a worker reads.
+
+    Raises:
+        Unsupported: it is no call.
+        NotFound: a module's name without a function.
+    """
+    argv = command.argv
+    call: dict[str, Any] = {"env": dict(command.env), "cwd": command.cwd or spec.cwd}
+    if command.tty or command.user not in (None, spec.user):
+        raise Unsupported("functions have no terminal and no other users: choose substrate container")
+    if len(argv) >= 3 and argv[0] in ("python", "python3", "/usr/bin/python3") and argv[1] == "-c":
+        return {**call, "kind": "source", "source": argv[2], "arguments": argv[3:]}
+    if len(argv) in (2, 3) and argv[0] == "call":
+        module, sign, function = argv[1].partition(":")
+        if not sign:
+            raise NotFound(f"{argv[1]!r} names no function: write MODULE:FUNCTION")
+        arguments = json.loads(argv[2]) if len(argv) == 3 else []
+        return {**call, "kind": "function", "module": module, "function": function, "arguments": arguments}
+    raise Unsupported(f"functions run Python, not {argv[0]!r}: use 'python3 -c SOURCE', or substrate container")
+
+
+class PoolEngine:
+    """See `Engine`.
+
+    Args:
+        state: folder of the engine.
+        inner: runs the containers.
+    """
+
+    name = "pool"
+    substrates: tuple[Substrate, ...] = ("function",)
+    features: frozenset[Feature] = frozenset({"stdin", "background"})
+
+    def __init__(self, state: Path, inner: Engine):
+        self.state, self._inner = state, inner
+        self._placed: Placed | None = None
+
+    async def probe(self) -> Probe:
+        probe = await self._inner.probe()
+        if not probe.ok or probe.placed is None:
+            return probe
+        self._placed = replace(probe.placed, engine=self.name)
+        begin = time.monotonic()
+        folder = self.state / "pool-probe"
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            box = await self.create(f"pool-probe-{time.monotonic_ns():x}", Spec("function"), folder)
+            try:
+                process = await box.start(Command(("python3", "-c", "print(6 * 7)"), timeout=10))
+                seen = [event async for event in process.events()]
+            finally:
+                await box.stop()
+        except (AbyssalError, OSError) as error:
+            return Probe(False, None, f"a trial call did not run: {error}")
+        if not isinstance(seen[0], Stdout) or seen[0].data != b"42\n":
+            return Probe(False, None, f"a trial call answered {seen!r}", "apt-get install python3")
+        return Probe(True, self._placed, f"a call was answered in {time.monotonic() - begin:.2f} s")
+
+    async def create(self, box_id: str, spec: Spec, folder: Path) -> Box:
+        if self._placed is None:
+            probe = await self._inner.probe()
+            if probe.placed is None:
+                raise Unsupported(f"engine pool needs engine {self._inner.name}, which does not run: {probe.detail}")
+            self._placed = replace(probe.placed, engine=self.name)
+        check(self.name, self.substrates, self._placed, spec)
+        box = PoolBox(box_id, self._placed, self.features, self._inner, spec, folder)
+        try:
+            await box.warm()
+        except BaseException:
+            await box.stop()
+            raise
+        return box
+
+    async def sweep(self, alive: frozenset[str]) -> Sequence[str]:
+        return []  # the containers are the inner engine's to sweep
+
+
+class _NoFiles:
+    """Every call of `Files` is refused: nothing would outlive a call."""
+
+    def __getattr__(self, name: str) -> NoReturn:
+        raise Unsupported("functions keep no files: choose substrate container")
+
+
+class _Worker:
+    """A Python that waits in a container."""
+
+    def __init__(self, box: Box, process: Process, events: AsyncIterator[ProcessEvent]):
+        self.box, self.process, self.events = box, process, events
+
+
+class PoolBox:
+    """See `Box`: a place that calls go to."""
+
+    def __init__(
+        self, box_id: str, placed: Placed, features: frozenset[Feature], inner: Engine, spec: Spec, folder: Path
+    ):
+        self.id, self.placed, self.features = box_id, placed, features
+        self.files = cast(Files, _NoFiles())
+        self._inner, self._spec, self._folder = inner, spec, folder
+        self._ready: asyncio.Queue[_Worker | SandboxError] = asyncio.Queue()
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._boxes: dict[str, Box] = {}
+        self._count = 0
+        self._stopped = False
+
+    async def warm(self) -> None:
+        """Have workers wait; returns when the first one does."""
+        for _ in range(WARM):
+            self._spawn(self._make())
+        first = await self._ready.get()
+        if isinstance(first, SandboxError):
+            raise first
+        self._ready.put_nowait(first)
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _make(self) -> None:
+        self._count += 1
+        box_id = f"{self.id}-{self._count}"
+        folder = self._folder / box_id
+        try:
+            folder.mkdir(parents=True)
+            box = await self._inner.create(box_id, replace(self._spec, substrate="container"), folder)
+            self._boxes[box_id] = box
+            worker = ("/usr/bin/python3", "-S", "-c", WORKER.read_text())
+            process = await box.start(Command(worker, stdin=True))
+            events = process.events()
+            async with asyncio.timeout(READY_S):
+                first = await anext(events)
+            if not isinstance(first, Stdout) or first.data != b"\x06":
+                raise Unsupported(f"image {self._spec.image!r} has no /usr/bin/python3 that starts: {first!r}")
+            self._ready.put_nowait(_Worker(box, process, events))
+        except TimeoutError:
+            self._ready.put_nowait(AgentLost("unknown", f"a worker did not start within {READY_S:g} s"))
+        except SandboxError as error:
+            self._ready.put_nowait(error)
+
+    async def start(self, command: Command) -> Process:
+        if self._stopped:
+            raise AgentLost("killed", "the sandbox was stopped")
+        text = json.dumps(as_call(command, self._spec)).encode()
+        if self._ready.empty():
+            self._spawn(self._make())  # more calls at once than workers
+        worker = await self._ready.get()
+        if isinstance(worker, SandboxError):
+            raise worker
+        call = PoolProcess(worker.process, worker.events, command, lambda: self._spawn(self._replace(worker.box)))
+        await worker.process.write(b"%08x" % len(text) + text)
+        if not command.stdin:
+            await worker.process.close_stdin()
+        return call
+
+    async def _replace(self, box: Box) -> None:
+        """Another worker for one that has served; made afterwards, so that it is not in the call's way."""
+        await self._discard(box)
+        if self._ready.qsize() < WARM and not self._stopped:
+            await self._make()
+
+    async def _discard(self, box: Box) -> None:
+        self._boxes.pop(box.id, None)
+        await box.stop()
+
+    async def pause(self) -> None:
+        raise Unsupported("functions cannot be paused: choose substrate container")
+
+    async def resume(self) -> None:
+        raise Unsupported("functions cannot be paused: choose substrate container")
+
+    async def snapshot(self, folder: Path, *, memory: bool = False) -> Mapping[str, str]:
+        raise Unsupported("functions keep nothing: choose substrate container")
+
+    async def fork(self, ids: Sequence[str]) -> Sequence[Box]:
+        raise Unsupported("functions keep nothing: choose substrate container")
+
+    async def set_network(self, network: Network) -> None:
+        if network != self._spec.network:
+            raise Unsupported("functions keep the network that they were made with")
+
+    async def usage(self) -> Usage:
+        return Usage()
+
+    async def stop(self) -> None:
+        self._stopped = True
+        for task in list(self._tasks):
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        for box in list(self._boxes.values()):
+            await self._discard(box)
+
+
+class PoolProcess:
+    """See `Process`: one call; its container goes at its end."""
+
+    def __init__(
+        self, inner: Process, events: AsyncIterator[ProcessEvent], command: Command, discard: Callable[[], None]
+    ):
+        self.pid = inner.pid
+        self._inner, self._events, self._discard = inner, events, discard
+        self._begin = time.monotonic()
+        self._timed_out = False
+        self._clock = asyncio.create_task(self._end_at(command.timeout)) if command.timeout else None
+        self.write, self.close_stdin, self.signal = inner.write, inner.close_stdin, inner.signal
+
+    async def _end_at(self, timeout: float) -> None:
+        await asyncio.sleep(timeout)
+        self._timed_out = True
+        with suppress(AgentLost):
+            await self._inner.signal(9)
+
+    async def events(self) -> AsyncIterator[ProcessEvent]:
+        try:
+            async for event in self._events:
+                if isinstance(event, Exit):
+                    spent = round((time.monotonic() - self._begin) * 1000)
+                    yield replace(event, timed_out=self._timed_out, duration_ms=spent)
+                elif isinstance(event, Stdout):
+                    yield Stdout(event.data, event.offset - 1)  # the worker's own mark came first
+                else:
+                    yield event
+        finally:
+            if self._clock is not None:
+                self._clock.cancel()
+            self._discard()
+
+    async def resize(self, rows: int, columns: int) -> None:
+        raise Unsupported("functions have no terminal: choose substrate container")

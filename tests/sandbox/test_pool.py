@@ -1,0 +1,93 @@
+"""Functions: one worker a call, nothing left behind."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+
+import pytest
+
+from abyssal.sandbox.api import Box, Command, Spec
+from abyssal.sandbox.conformance.bench import SMALL, python, run
+from abyssal.sandbox.engines.bwrap import BwrapEngine
+from abyssal.sandbox.engines.pool import PoolEngine
+from abyssal.sandbox.errors import SandboxError, Unsupported
+
+
+def with_box(state: Path, work: Callable[[Box], Awaitable[None]]) -> None:
+    async def whole() -> None:
+        engine = PoolEngine(state, BwrapEngine(state))
+        probe = await engine.probe()
+        if not probe.ok:
+            pytest.skip(f"{probe.detail} ({probe.remedy})")
+        folder = state / "box"
+        folder.mkdir()
+        box = await engine.create("function-test", Spec("function", limits=SMALL), folder)
+        try:
+            await work(box)
+        finally:
+            await box.stop()
+        assert not list(Path("/sys/fs/cgroup").glob("**/function-test*"))
+
+    asyncio.run(whole())
+
+
+def test_calls_answer_and_fail(tmp_path: Path) -> None:
+    async def work(box: Box) -> None:
+        assert (await run(box, python("import sys; print(sys.argv[1:])", "a", "b"))).stdout == "['a', 'b']\n"
+        assert (await run(box, ("call", "math:hypot", "[3, 4]"))).stdout == "5.0\n"
+        failed = await run(box, python("raise ValueError('bad')"))
+        assert failed.code == 1 and "ValueError: bad" in failed.stderr
+        assert (await run(box, python("raise SystemExit(4)"))).code == 4
+        ended = await run(box, python("while True: pass"), timeout=0.5)
+        assert ended.exit.timed_out and ended.exit.signal == 9
+
+    with_box(tmp_path, work)
+
+
+def test_nothing_is_left_for_the_next_call(tmp_path: Path) -> None:
+    leave = """
+import os, multiprocessing.shared_memory as m
+m.SharedMemory("left", True, 100)
+for folder in ("/tmp", "/work", "/dev/shm", "/var/tmp", os.path.expanduser("~")):
+    open(folder + "/left", "w").close()
+if os.fork() == 0:
+    os.setsid()
+    import time; time.sleep(60)
+"""
+    look = """
+import os
+found = [f + "/" + n for f in ("/tmp", "/work", "/dev/shm", "/var/tmp", os.path.expanduser("~")) for n in os.listdir(f)]
+print(found, sum(name.isdigit() for name in os.listdir("/proc")))
+"""
+
+    async def work(box: Box) -> None:
+        clean = (await run(box, python(look))).stdout
+        assert clean.startswith("[] ")
+        for _ in range(3):
+            await run(box, python(leave))
+            assert (await run(box, python(look))).stdout == clean
+
+    with_box(tmp_path, work)
+
+
+def test_more_calls_at_once_than_workers(tmp_path: Path) -> None:
+    async def work(box: Box) -> None:
+        outcomes = await asyncio.gather(*(run(box, python(f"print({n})")) for n in range(5)))
+        assert sorted(each.stdout for each in outcomes) == [f"{n}\n" for n in range(5)]
+
+    with_box(tmp_path, work)
+
+
+def test_what_functions_lack_is_said(tmp_path: Path) -> None:
+    async def work(box: Box) -> None:
+        for command in (Command(("ls",)), Command(("python3", "-c", "1"), tty=(24, 80)), Command(("call", "math"))):
+            with pytest.raises(SandboxError):
+                await box.start(command)
+        with pytest.raises(Unsupported):
+            await box.files.read("x")
+        with pytest.raises(Unsupported):
+            await box.pause()
+
+    with_box(tmp_path, work)
