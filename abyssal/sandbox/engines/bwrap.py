@@ -34,7 +34,7 @@ from abyssal.sandbox.engines.bundle import (
 )
 from abyssal.sandbox.engines.bundle import remove as bundle_remove
 from abyssal.sandbox.engines.container import ContainerBox
-from abyssal.sandbox.engines.placing import check
+from abyssal.sandbox.engines.placing import check, whole
 from abyssal.sandbox.engines.watchdog import watch
 from abyssal.sandbox.errors import ImageError, Unsupported
 from abyssal.sandbox.guest import build
@@ -97,40 +97,48 @@ class BwrapEngine:
             raise ImageError(f"engine bwrap shows image 'host' alone, not {spec.image!r}: use engine runc as root")
         if spec.user != "user":
             raise Unsupported("engine bwrap has one user, 'user': use engine runc as root")
+        return await whole(self._create(box_id, spec, folder))
+
+    async def _create(self, box_id: str, spec: Spec, folder: Path) -> Box:
         root, binds = await asyncio.to_thread(self._host_root)
         owner = FIRST_OWNER + secrets.randbelow(RANGES) if self._is_root else os.geteuid()
-        await asyncio.to_thread(self._own, box_id, folder, owner)
-        group = None if self._soft else Group.create(box_id, spec.limits, self._hierarchies)
-        cores = (group.cores() if group else None) or math.ceil(spec.limits.cpu)
-        place = RUN / box_id if self._is_root else folder
-        command = self._command(spec, place, root, binds, cores)
-        child, agent = await self._launch(command, folder, owner)
+        upper, place = folder / "upper", RUN / box_id if self._is_root else folder
+        group: Group | None = None
+        child: asyncio.subprocess.Process | None = None
+        agent: Agent | None = None
         dog: asyncio.Task[None] | None = None
 
         async def end() -> None:
             if dog is not None:
                 dog.cancel()
-            with suppress(TimeoutError):
-                async with asyncio.timeout(2):
+            if child is not None:
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(2):
+                        await child.wait()
+                if child.returncode is None:
+                    child.kill()
                     await child.wait()
-            if child.returncode is None:
-                child.kill()
-                await child.wait()
             if group is not None:
                 await asyncio.to_thread(group.remove)
             await asyncio.to_thread(_remove, folder, RUN / box_id)
 
         try:
+            await asyncio.to_thread(self._own, box_id, folder, owner)
+            if not self._soft:
+                group = Group.create(box_id, spec.limits, self._hierarchies)
+            cores = (group.cores() if group else None) or math.ceil(spec.limits.cpu)
+            child, agent = await self._launch(self._command(spec, place, root, binds, cores), folder, owner)
             if group is not None:
                 await asyncio.to_thread(_enter, group, child.pid)
             await agent.hello(Hello(HOSTNAME, spec.user, spec.cwd, spec.env, machine_id=""), START_S)
         except BaseException:
-            child.kill()
+            if child is not None and child.returncode is None:
+                child.kill()
             await end()
-            await agent.close()
+            if agent is not None:
+                await agent.close()
             raise
-        dog = asyncio.create_task(watch(child.pid, folder / "upper", spec.limits, memory=group is None))
-        upper = folder / "upper"
+        dog = asyncio.create_task(watch(child.pid, upper, spec.limits, memory=group is None))
         return ContainerBox(
             box_id, self.placed, self.features, agent, folder, upper, group, end, None, USERS["user"].uid
         )

@@ -1,15 +1,18 @@
-"""Whether an engine gives what is asked for; nothing is ever weakened (sandbox.md 3, rule 2)."""
+"""What engines have in common when a box is asked for: nothing is weakened, and nothing is left half made."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import asyncio
+from collections.abc import Coroutine, Sequence
+from contextlib import suppress
+from typing import Any
 
-from abyssal.sandbox.api import STRENGTH, Placed, Spec, Substrate
+from abyssal.sandbox.api import STRENGTH, Box, Placed, Spec, Substrate
 from abyssal.sandbox.errors import Unsupported
 
 
 def check(name: str, substrates: Sequence[Substrate], placed: Placed, spec: Spec) -> None:
-    """Compare.
+    """Compare what is asked for with what there is (sandbox.md 3, rule 2).
 
     Raises:
         Unsupported: with what is missing.
@@ -25,3 +28,14 @@ def check(name: str, substrates: Sequence[Substrate], placed: Placed, spec: Spec
         raise Unsupported(f"engine {name} cannot enforce everything on this host: {', '.join(placed.degraded)}")
     if spec.network.mode != "none":
         raise Unsupported(f"engine {name} has no network policies yet: use Network('none')")
+
+
+async def whole(work: Coroutine[Any, Any, Box]) -> Box:
+    """A box's making, to its end: whoever gives up waiting for it leaves nothing behind."""
+    task = asyncio.ensure_future(work)
+    try:
+        return await asyncio.shield(task)
+    except asyncio.CancelledError:
+        with suppress(Exception):
+            await (await task).stop()
+        raise

@@ -171,7 +171,7 @@ class PoolBox:
         box_id = f"{self.id}-{self._count}"
         folder = self._folder / box_id
         try:
-            folder.mkdir(parents=True)
+            folder.mkdir(parents=True, exist_ok=True)
             box = await self._inner.create(box_id, replace(self._spec, substrate="container"), folder)
             self._boxes[box_id] = box
             worker = ("/usr/bin/python3", "-S", "-c", WORKER.read_text())
@@ -186,6 +186,8 @@ class PoolBox:
             self._ready.put_nowait(AgentLost("unknown", f"a worker did not start within {READY_S:g} s"))
         except SandboxError as error:
             self._ready.put_nowait(error)
+        except (AbyssalError, OSError) as error:
+            self._ready.put_nowait(AgentLost("unknown", f"a worker could not be made: {error}"))
 
     async def start(self, command: Command) -> Process:
         if self._stopped:
@@ -233,8 +235,6 @@ class PoolBox:
 
     async def stop(self) -> None:
         self._stopped = True
-        for task in list(self._tasks):
-            task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         for box in list(self._boxes.values()):
             await self._discard(box)

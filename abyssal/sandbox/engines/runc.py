@@ -20,7 +20,7 @@ from abyssal.sandbox.api import Boundary, Box, Command, Exit, Feature, Placed, P
 from abyssal.sandbox.engines import bundle
 from abyssal.sandbox.engines.bundle import RUN, Root
 from abyssal.sandbox.engines.container import ContainerBox
-from abyssal.sandbox.engines.placing import check
+from abyssal.sandbox.engines.placing import check, whole
 from abyssal.sandbox.errors import ImageError, Timeout
 from abyssal.sandbox.host.cgroups import Group, Hierarchies, left_over
 from abyssal.sandbox.host_image import host_image
@@ -75,7 +75,8 @@ class RuncEngine:
 
     async def create(self, box_id: str, spec: Spec, folder: Path) -> Box:
         check(self.name, self.substrates, self.placed, spec)
-        return await self._create(box_id, spec, folder, await asyncio.to_thread(self._image, spec.image))
+        image = await asyncio.to_thread(self._image, spec.image)
+        return await whole(self._create(box_id, spec, folder, image))
 
     def _image(self, name: str) -> Image:
         if name != "host":
