@@ -10,6 +10,7 @@ import os
 import platform
 import shutil
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 from abyssal.sandbox.agent import USERS
@@ -77,19 +78,26 @@ def fill(root: Path) -> tuple[str, ...]:
     return tuple(binds)
 
 
-def skeleton(root: Path) -> None:
-    """Folders and accounts that every sandbox has; what is there already stays."""
+def skeleton(root: Path, below: Sequence[Path] = ()) -> None:
+    """Folders and accounts that every sandbox has; what is there already, or in layers below, stays."""
+    made = []
     for name, mode in FOLDERS.items():
-        if not (root / name).exists() and not (root / name).is_symlink():
+        if not _has(name, root, *below):
             (root / name).mkdir(parents=True)
             (root / name).chmod(mode)
+            made.append(name)
     for name, text in ACCOUNTS.items():
         path = root / "etc" / name
-        if not path.exists() and not path.is_symlink():
+        if not _has(f"etc/{name}", root, *below):
+            path.parent.mkdir(exist_ok=True)
             path.write_text(text)
     if os.geteuid() == 0:
-        for name in ("work", "home/user"):
+        for name in {"work", "home/user"} & set(made):
             os.chown(root / name, USERS["user"].uid, USERS["user"].gid, follow_symlinks=False)
+
+
+def _has(name: str, *roots: Path) -> bool:
+    return any((root / name).exists() or (root / name).is_symlink() for root in roots)
 
 
 def _copy(source: Path, to: Path) -> None:
