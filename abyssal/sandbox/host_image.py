@@ -52,18 +52,19 @@ def host_image(store: Store) -> Image:
     """The image; its one layer is packed from this host as it is now."""
     with tempfile.TemporaryDirectory(dir=store.folder, prefix=".host.") as scratch:
         root = Path(scratch) / "root"
-        binds = fill(root)
+        fill(root)
         layer = store.pack(root)
-    return Image(base=(layer,), binds=binds, architecture=platform.machine())
+    return Image(base=(layer,), binds=programs(), architecture=platform.machine())
 
 
-def fill(root: Path) -> tuple[str, ...]:
-    """Make a root folder for this host's programs.
+def programs() -> tuple[str, ...]:
+    """Folders of this host that are shown as they are."""
+    places = (Path("/") / name for name in PROGRAMS)
+    return tuple(str(place) for place in places if place.is_dir() and not place.is_symlink())
 
-    Returns:
-        folders of the host to be shown in it.
-    """
-    binds = []
+
+def fill(root: Path) -> None:
+    """Make a root folder for this host's programs."""
     root.mkdir(mode=0o755)
     for name in PROGRAMS:
         host = Path("/") / name
@@ -71,11 +72,9 @@ def fill(root: Path) -> tuple[str, ...]:
             (root / name).symlink_to(os.readlink(host))
         elif host.is_dir():
             (root / name).mkdir()
-            binds.append(str(host))
     skeleton(root)
     for name in SETTINGS:
         _copy(Path("/etc") / name, root / "etc" / name)
-    return tuple(binds)
 
 
 def skeleton(root: Path, below: Sequence[Path] = ()) -> None:

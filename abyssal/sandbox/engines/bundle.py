@@ -9,6 +9,7 @@ Owners on disk are those seen inside, whatever numbers the container has outside
 
 from __future__ import annotations
 
+import json
 import secrets
 import shutil
 from collections.abc import Sequence
@@ -24,6 +25,7 @@ from abyssal.sandbox.host.mounts import Owners
 from abyssal.sandbox.image import Image, Store
 
 RUN = Path("/run/abyssal")  # the way to a root must be open to the container's users
+CLAIM = "claim.json"
 HOSTNAME = "sandbox"
 FIRST_OWNER, OWNERS, RANGES = 1 << 20, 65536, 30000  # nobody's numbers on any host
 AGENT = "/run/agent"
@@ -88,13 +90,13 @@ class Root:
         return self.folder / "disk" / "upper"
 
     @classmethod
-    def mount(cls, box_id: str, folder: Path, spec: Spec, image: Image, store: Store) -> Root:
+    def mount(cls, engine: str, box_id: str, folder: Path, spec: Spec, image: Image, store: Store) -> Root:
         """Mount everything.
 
         Raises:
             ImageError, Unsupported: it cannot be; nothing is left behind.
         """
-        RUN.mkdir(mode=0o711, exist_ok=True)
+        claim(engine, box_id, store.folder, folder)
         root = cls(folder, RUN / box_id, FIRST_OWNER + OWNERS * secrets.randbelow(RANGES))
         owners = Owners(root.owner, OWNERS)
         try:
@@ -107,8 +109,7 @@ class Root:
         return root
 
     def _mount(self, spec: Spec, image: Image, store: Store, owners: Owners) -> None:
-        for each in (self.place, self.path):
-            each.mkdir(mode=0o711, exist_ok=True)
+        self.path.mkdir(mode=0o711)
         mounts.disk(spec.limits.disk, store.folder / "disks", self.folder / "disk.img")
         self._new("disk")
         mounts.mount("-o", "loop,nosuid,nodev", str(self.folder / "disk.img"), str(self.folder / "disk"))
@@ -155,6 +156,25 @@ def cores_folder(place: Path, count: int) -> Path:
     for number in range(count):
         (cpu / f"cpu{number}").mkdir(exist_ok=True)
     return place / "sys"
+
+
+def claim(engine: str, box_id: str, state: Path, folder: Path) -> None:
+    """Make a box's part of `RUN`, and write down whose it is: platforms with other state leave it alone."""
+    RUN.mkdir(mode=0o711, exist_ok=True)
+    (RUN / box_id).mkdir(mode=0o711, exist_ok=True)
+    claim = {"engine": engine, "state": str(state.resolve()), "folder": str(folder.resolve())}
+    (RUN / box_id / CLAIM).write_text(json.dumps(claim))
+
+
+def claimed(engine: str, state: Path) -> dict[str, Path]:
+    """Boxes of an engine with this state that have something on this host, and their folders."""
+    found = {}
+    for path in RUN.glob(f"*/{CLAIM}"):
+        with suppress(OSError, ValueError):
+            said = json.loads(path.read_text())
+            if said["engine"] == engine and said["state"] == str(state.resolve()):
+                found[path.parent.name] = Path(said["folder"])
+    return found
 
 
 def remove(folder: Path, place: Path) -> None:

@@ -29,6 +29,8 @@ from abyssal.sandbox.engines.bundle import (
     MASKED,
     RANGES,
     RUN,
+    claim,
+    claimed,
     cores_folder,
     reachable_agent,
 )
@@ -39,8 +41,8 @@ from abyssal.sandbox.engines.watchdog import watch
 from abyssal.sandbox.errors import ImageError, Unsupported
 from abyssal.sandbox.guest import build
 from abyssal.sandbox.host import mounts, seccomp
-from abyssal.sandbox.host.cgroups import Group, Hierarchies, left_over
-from abyssal.sandbox.host_image import fill
+from abyssal.sandbox.host.cgroups import Group, Hierarchies
+from abyssal.sandbox.host_image import fill, programs
 
 START_S = 20.0
 WRITABLE = {"work": 0o755, "home/user": 0o755, "var/tmp": 0o777}
@@ -144,13 +146,17 @@ class BwrapEngine:
         )
 
     def _host_root(self) -> tuple[Path, tuple[str, ...]]:
-        """The root that all boxes share, read-only; of each process anew, since the host may have changed."""
+        """The root that all boxes share, read-only; made once, until the folder that it lies in is emptied."""
         if self._root is None:
             if self._is_root:
                 RUN.mkdir(mode=0o711, exist_ok=True)
-            place = Path(tempfile.mkdtemp(prefix="bwrap-root.", dir=RUN if self._is_root else self.state))
-            place.chmod(0o755)
-            self._root = (place / "root", fill(place / "root"))
+            place = (RUN if self._is_root else self.state) / "host-root"
+            if not place.exists():
+                with tempfile.TemporaryDirectory(dir=place.parent, prefix=".host-root.") as scratch:
+                    fill(Path(scratch) / "root")
+                    with suppress(FileExistsError, OSError):  # somebody else was first
+                        (Path(scratch) / "root").rename(place)
+            self._root = (place, programs())
         return self._root
 
     def _own(self, box_id: str, folder: Path, owner: int) -> None:
@@ -162,8 +168,9 @@ class BwrapEngine:
             if self._is_root:
                 os.chown(path, owner, owner)
         if self._is_root:
+            claim(self.name, box_id, self.state, folder)
             place = RUN / box_id / "upper"
-            place.mkdir(mode=0o711, parents=True)
+            place.mkdir(mode=0o711)
             mounts.mount("--bind", str(folder / "upper"), str(place))
 
     def _command(self, spec: Spec, place: Path, root: Path, binds: Sequence[str], cores: int) -> list[str]:
@@ -218,9 +225,11 @@ class BwrapEngine:
         return child, agent
 
     async def sweep(self, alive: frozenset[str]) -> Sequence[str]:
-        gone = sorted(set(left_over(self._hierarchies)) - alive)
-        for box_id in gone:  # processes of a platform that died have died with it
+        found = claimed(self.name, self.state)
+        gone = sorted(set(found) - alive)
+        for box_id in gone:
             await asyncio.to_thread(Group(box_id, self._hierarchies).remove)
+            await asyncio.to_thread(_remove, found[box_id], RUN / box_id)
         return gone
 
 

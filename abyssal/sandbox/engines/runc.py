@@ -22,7 +22,7 @@ from abyssal.sandbox.engines.bundle import RUN, Root
 from abyssal.sandbox.engines.container import ContainerBox
 from abyssal.sandbox.engines.placing import check, whole
 from abyssal.sandbox.errors import ImageError, Timeout
-from abyssal.sandbox.host.cgroups import Group, Hierarchies, left_over
+from abyssal.sandbox.host.cgroups import Group, Hierarchies
 from abyssal.sandbox.host_image import host_image
 from abyssal.sandbox.image import Image, Store
 
@@ -87,7 +87,7 @@ class RuncEngine:
 
     async def _create(self, box_id: str, spec: Spec, folder: Path, image: Image) -> Box:
         program = await asyncio.to_thread(bundle.reachable_agent, self.state)
-        root = await asyncio.to_thread(Root.mount, box_id, folder, spec, image, self.store)
+        root = await asyncio.to_thread(Root.mount, self.name, box_id, folder, spec, image, self.store)
         group: Group | None = None
         agent: Agent | None = None
         try:
@@ -157,12 +157,8 @@ class RuncEngine:
         await asyncio.to_thread(bundle.remove, folder, RUN / box_id)
 
     async def sweep(self, alive: frozenset[str]) -> Sequence[str]:
-        found = set(left_over(self._hierarchies))
-        runtime = RUN / self.name
-        if runtime.is_dir():
-            found |= {path.name for path in runtime.iterdir()}
-        gone = sorted(found - alive)
+        found = bundle.claimed(self.name, self.state)
+        gone = sorted(set(found) - alive)
         for box_id in gone:
-            # its own folder is the hub's to delete; what is mounted there goes with the mounts of this place
-            await self._end(box_id, RUN / box_id, Group(box_id, self._hierarchies))
+            await self._end(box_id, found[box_id], Group(box_id, self._hierarchies))
         return gone

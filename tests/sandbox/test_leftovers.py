@@ -1,0 +1,69 @@
+"""What a platform that died leaves on its host, and what a sweep must not touch."""
+
+from __future__ import annotations
+
+import asyncio
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from abyssal.sandbox.api import Engine, Spec
+from abyssal.sandbox.conformance.bench import SMALL, answers
+from abyssal.sandbox.engines.bundle import RUN
+from abyssal.sandbox.engines.bwrap import BwrapEngine
+from abyssal.sandbox.engines.runc import RuncEngine
+
+DIES = """
+import asyncio, os, sys
+from pathlib import Path
+from abyssal.sandbox.api import Command, Spec, shell
+from abyssal.sandbox.engines.{module} import {name}
+
+async def main():
+    state, folder = Path(sys.argv[1]), Path(sys.argv[2])
+    folder.mkdir()
+    box = await {name}(state).create(folder.name, Spec("container"), folder)
+    await box.start(Command(shell("sleep 4711 & echo x > file; sleep 4711")))
+    os._exit(9)
+
+asyncio.run(main())
+"""
+
+
+def traces(box_id: str) -> list[str]:
+    lines = Path("/proc/self/mountinfo").read_text().splitlines()
+    found = [line for line in lines if box_id in line]
+    found += [str(path) for path in Path("/sys/fs/cgroup").glob(f"**/{box_id}")]
+    return found + [str(path) for path in RUN.glob(f"**/{box_id}*")]
+
+
+@pytest.mark.parametrize(("module", "kind"), [("runc", RuncEngine), ("bwrap", BwrapEngine)])
+def test_a_sweep_takes_the_dead_and_leaves_the_living(module: str, kind: type, tmp_path: Path) -> None:
+    state = tmp_path / "state"
+    state.mkdir()
+    engine: Engine = kind(state)
+    probe = asyncio.run(engine.probe())
+    if not probe.ok:
+        pytest.skip(f"{probe.detail} ({probe.remedy})")
+    dead, alive = f"dead-{module}-{tmp_path.name[-1]}x", f"alive-{module}"
+    program = DIES.format(module=module, name=kind.__name__)
+    died = subprocess.run([sys.executable, "-c", program, str(state), str(tmp_path / dead)], check=False)
+    assert died.returncode == 9 and traces(dead)
+
+    async def work() -> None:
+        (tmp_path / alive).mkdir()
+        box = await engine.create(alive, Spec("container", limits=SMALL), tmp_path / alive)
+        try:
+            other = tmp_path / "other"
+            other.mkdir()
+            assert dead not in await kind(other).sweep(frozenset()), "another platform's box"
+            assert await engine.sweep(frozenset({alive})) == [dead]
+            assert traces(dead) == []
+            await answers(box)
+        finally:
+            await box.stop()
+        assert await engine.sweep(frozenset()) == [] and traces(alive) == []
+
+    asyncio.run(work())
