@@ -186,6 +186,8 @@ def _stage(
     trainer = trainer_of(told, stage, data, before)
     folder.mkdir(parents=True, exist_ok=True)
     keep_tokenizer(data, folder)
+    if trainer.rules.bfloat16_muon:
+        print(f"Muon orthogonalises in {trainer.muon_dtypes[-1][1]} on this processor", file=sys.stderr)
     with ExitStack() as open_sinks:
         shows = [open_sinks.enter_context(sink(name, folder, trainer.saved().state)) for name in track or ()]
         shows.append(_Progress(told.stage(stage).rules.schedule.steps).show)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from abyssal.base.machine import multiplies_bfloat16
 from abyssal.quant.precision import wide
 from abyssal.train.world import World, local
 
@@ -46,6 +47,13 @@ def _iterate(x: Tensor, steps: Sequence[Triple]) -> Tensor:
         gram = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return x
+
+
+def narrowest_fast(world: World) -> torch.dtype:
+    """In which products are fastest: bfloat16 where every process's device multiplies it, else float32."""
+    cuda = world.device == "cuda"
+    here = torch.cuda.is_bf16_supported(including_emulation=False) if cuda else multiplies_bfloat16()
+    return torch.float32 if world.any(not here) else torch.bfloat16
 
 
 @dataclass(frozen=True)

@@ -109,7 +109,7 @@ def card_of(run: Path) -> Card:
         ("Data", [(name, _told(source)) for name, source in state["sources"].items()]),
         ("Rules", _flat(state["rules"])),
         ("Model", _flat(state["config"])),
-        ("Made with", _flat(state["made_with"])),
+        ("Made with", _made_with(state)),
     ]
     marks = [
         (round(share * steps), name)
@@ -126,6 +126,11 @@ def card_of(run: Path) -> Card:
 
 def _told(source: dict[str, Any]) -> str:
     return ", ".join(f"{key} {value}" for key, value in _flat(source) if value)
+
+
+def _made_with(state: dict[str, Any]) -> Rows:
+    dtypes = [f"{name} from step {step:,} on" for step, name in state.get("muon_dtypes", ())]
+    return [*_flat(state["made_with"]), ("Muon orthogonalised in", ", ".join(dtypes) or "unknown")]
 
 
 def _flat(table: dict[str, Any]) -> Rows:

@@ -21,7 +21,7 @@ from abyssal.train.balance import max_violation, move_bias
 from abyssal.train.checkpoint import Saved
 from abyssal.train.gauges import Gauges
 from abyssal.train.losses import cross_entropy, reading_queries
-from abyssal.train.muon import MuonRule
+from abyssal.train.muon import MuonRule, narrowest_fast
 from abyssal.train.optimiser import Optimiser, Rates
 from abyssal.train.order import Mixture
 from abyssal.train.packing import Pack, with_skips
@@ -55,7 +55,8 @@ class Rules:
         skip_share: of the sequences, how many get position skips.
         skip_limit: their positions stay below it.
         seed: of the skips.
-        bfloat16_muon: orthogonalise in bfloat16, several times as fast where the processor multiplies it.
+        bfloat16_muon: orthogonalise in bfloat16 where the processor multiplies it, which is several times as fast;
+            elsewhere it is tens of times slower than float32, which is then taken.
         recompute: blocks run again on the way back in place of keeping all that they made: long sequences fit, a
             step takes about a third longer, and no bit changes.
     """
@@ -120,6 +121,7 @@ class Trainer:
     Attributes:
         step_number: steps that are done.
         tokens: tokens that the model has read.
+        muon_dtypes: from which step on Muon has orthogonalised in what; a run that goes on elsewhere may change.
         anticipating: steps of anticipatory routing that are left: experts are those that the parameters before the
             last update chose, weights those of the current ones, so that router and experts do not drive each other.
 
@@ -143,7 +145,8 @@ class Trainer:
                 f"passes = {rules.passes} do not share out over {self.world.size} processes: make it a multiple"
             )
         self.world.spread(model)
-        dtype = torch.bfloat16 if rules.bfloat16_muon else torch.float32
+        dtype = narrowest_fast(self.world) if rules.bfloat16_muon else torch.float32
+        self.muon_dtypes: list[tuple[int, str]] = [(0, str(dtype).removeprefix("torch."))]
         self.optimiser = Optimiser(model, MuonRule(dtype=dtype), AdamWRule(), self.world)
         self.spikes = SpikeWatch()
         self.step_number = 0
@@ -302,6 +305,7 @@ class Trainer:
             "step": self.step_number,
             "tokens": self.tokens,
             "rules": asdict(self.rules),
+            "muon_dtypes": self.muon_dtypes,
             "sources": self.sources,
             "config": self.model.config.to_dict(),
             "data": self._place,
@@ -337,6 +341,9 @@ class Trainer:
         self.step_number, self.tokens = saved.state["step"], saved.state["tokens"]
         self.data.load_state_dict(saved.state["data"])
         self._place, self._ahead = self.data.state_dict(), []
+        here = self.muon_dtypes[-1][1]
+        before = [(step, name) for step, name in saved.state.get("muon_dtypes", [(0, here)])]
+        self.muon_dtypes = before if before[-1][1] == here else [*before, (self.step_number, here)]
         self.anticipating = saved.state["anticipating"]
         if any(name.startswith("ahead.") for name in saved.optim):
             for number, packed in enumerate(self._packs(self.step_number)):

@@ -35,10 +35,12 @@ class World:
     Attributes:
         rank: number of this process.
         size: how many there are.
+        device: where the parameters lie, as torch names it.
     """
 
     rank = 0
     size = 1
+    device = "cpu"
 
     def spread(self, model: Transformer) -> None:
         """Give each process its part of the parameters."""

@@ -51,9 +51,10 @@ def steps(run: Path) -> list[int]:
 
 
 def test_a_stage_is_trained_and_its_weights_are_a_release(recipe: Path, tmp_path: Path) -> None:
-    first = abyssal("train", "pretrain", "--recipe", recipe)
+    first = abyssal("train", "pretrain", "--recipe", recipe, "--set", "pretrain.bfloat16_muon=true")
     run = tmp_path / "home" / "train" / "runs" / "small" / "pretrain"
     assert first.stdout.startswith("finished: step 6") and str(run / "report.html") in first.stdout
+    assert first.stderr.count("Muon orthogonalises in ") == 1
     assert "step 6/6" in first.stderr and "tokens/s" in first.stderr
     assert steps(run) == [1, 2, 3, 4, 5, 6]
     assert (run / "report.html").is_file()

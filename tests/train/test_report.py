@@ -64,6 +64,7 @@ def test_the_card_says_what_the_run_did(folder: Path) -> None:
     assert f"| steps | {tiny.STEPS} of {tiny.STEPS} |" in card
     assert "| retrieval.4096 | 0.5 |" in card and "a\\|b" in card
     assert "| schedule.dense_until | 0.4 |" in card
+    assert "| Muon orthogonalised in | float32 from step 0 on |" in card
     mean = sum(line["loss"] for line in lines) / len(lines)  # all steps, since there are fewer than 50
     assert f"| loss, mean of the last {len(lines)} | {mean:.4f} |" in card
     svg = ElementTree.parse(folder / "curves.svg").getroot()

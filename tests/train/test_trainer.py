@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from abyssal.base.errors import ConfigError
-from abyssal.train import checkpoint
+from abyssal.train import checkpoint, muon
 from abyssal.train.packing import Pack, Sample, pack
 from abyssal.train.trainer import Trainer, _Clock, joined
 from tests.model.test_against_plain import official
@@ -185,6 +185,30 @@ def test_a_run_does_not_go_on_under_other_rules() -> None:
 )
 def test_short_sequences_are_joined(lengths: list[int], least: int, expected: list[int]) -> None:
     assert joined(lengths, least) == expected and sum(expected) == sum(lengths)
+
+
+@pytest.mark.parametrize("multiplies", [False, True])
+def test_muon_takes_bfloat16_only_where_the_processor_multiplies_it(
+    multiplies: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And a checkpoint says from which step on it did; a run may go on where it does not."""
+    asked = replace(RULES, bfloat16_muon=True)
+    monkeypatch.setattr(muon, "multiplies_bfloat16", lambda: multiplies)
+    here, there = ("bfloat16", "float32") if multiplies else ("float32", "bfloat16")
+    tiny = trainer(asked)
+    assert tiny.optimiser.muon.rule.dtype == getattr(torch, here)
+    assert trainer(RULES).optimiser.muon.rule.dtype == torch.float32  # not asked for
+    tiny.step()
+    saved = tiny.saved()
+    plainly = replace(saved, state=json.loads(json.dumps(saved.state)))
+    assert plainly.state["muon_dtypes"] == [[0, here]]
+    again = trainer(asked)
+    again.resume(plainly)
+    assert again.saved().state["muon_dtypes"] == [(0, here)]
+    monkeypatch.setattr(muon, "multiplies_bfloat16", lambda: not multiplies)
+    elsewhere = trainer(asked)
+    elsewhere.resume(plainly)
+    assert elsewhere.saved().state["muon_dtypes"] == [(0, here), (1, there)]
 
 
 def test_packed_weights_are_no_model_to_train() -> None:
