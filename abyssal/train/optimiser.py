@@ -70,6 +70,7 @@ class Optimiser:
         model: unpacked; the router's bias records none and gets no optimiser.
         muon, adamw: the numbers of each.
         world: the processes that the model is spread over.
+        matrices: whether Muon takes them; else AdamW takes all.
     """
 
     def __init__(
@@ -78,13 +79,14 @@ class Optimiser:
         muon: MuonRule | None = None,
         adamw: AdamWRule | None = None,
         world: World | None = None,
+        matrices: bool = True,
     ):
         small = model.size < SMALL
         named = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        others = {name: p for name, p in named.items() if takes_adamw(name, p, small)}
-        matrices = {name: p for name, p in named.items() if name not in others}
-        parts = {name: count for name, count in parts_of(model).items() if name in matrices}
-        self.muon = Muon(matrices, parts, muon, world)
+        others = {name: p for name, p in named.items() if not matrices or takes_adamw(name, p, small)}
+        orthogonal = {name: p for name, p in named.items() if name not in others}
+        parts = {name: count for name, count in parts_of(model).items() if name in orthogonal}
+        self.muon = Muon(orthogonal, parts, muon, world)
         self.adamw = AdamW(others, adamw, world)
 
     @property

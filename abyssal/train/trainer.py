@@ -45,7 +45,7 @@ class Rules:
         tokens: of a pass at most.
         passes: of a step; their gradients add up.
         length: tokens of a sequence over which experts are balanced; neighbours are joined up to it.
-        muon, adamw: peak learning rates.
+        muon, adamw: peak learning rates; muon = 0 gives all matrices to AdamW.
         embedding: that of the embedding; None for AdamW's. Rows of rare tokens are seldom touched, so that a short
             run needs a higher one.
         clip: largest norm of the gradient, of the model and of its indexers each.
@@ -147,7 +147,7 @@ class Trainer:
         self.world.spread(model)
         dtype = narrowest_fast(self.world) if rules.bfloat16_muon else torch.float32
         self.muon_dtypes: list[tuple[int, str]] = [(0, str(dtype).removeprefix("torch."))]
-        self.optimiser = Optimiser(model, MuonRule(dtype=dtype), AdamWRule(), self.world)
+        self.optimiser = Optimiser(model, MuonRule(dtype=dtype), AdamWRule(), self.world, bool(rules.muon))
         self.spikes = SpikeWatch()
         self.step_number = 0
         self.tokens = 0

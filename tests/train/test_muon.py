@@ -230,6 +230,13 @@ def test_large_models_give_router_and_mixes_to_muon() -> None:
     assert takes_adamw("embed.weight", matrix, small=False)
 
 
+def test_adamw_takes_matrices_where_muon_shall_not() -> None:
+    model = initialise(Transformer(random_config(0)), 0)
+    optimiser = Optimiser(model, matrices=False)
+    assert not optimiser.muon.params and not optimiser.muon.state_dict()
+    assert set(optimiser.adamw.params) == {name for name, p in model.named_parameters() if p.requires_grad}
+
+
 def test_one_step_changes_all_that_has_a_gradient() -> None:
     model = initialise(Transformer(replace(random_config(0), num_hash_layers=1)), 0)
     optimiser = Optimiser(model)

@@ -100,6 +100,15 @@ def test_a_tiny_run_learns() -> None:
     assert all(bool(p.any()) for p in biases)
 
 
+def test_without_a_rate_for_muon_adamw_takes_the_matrices() -> None:
+    tiny = trainer(replace(RULES, muon=0.0))
+    matrix = tiny.model.get_parameter("layers.0.attn.wkv.weight")
+    before = matrix.detach().clone()
+    line = tiny.step()
+    assert line["update_rms"]["muon"] == 0 and line["update_rms"]["adamw"] > 0.1
+    assert not torch.equal(matrix, before)
+
+
 def test_a_step_that_is_not_finite_changes_nothing_but_the_place_in_the_data() -> None:
     tiny = trainer()
     tiny.step()
