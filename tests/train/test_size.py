@@ -5,27 +5,19 @@ One run guards compressor, indexer, its loss, sparse selection, position skips, 
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
-import torch
 
 from abyssal.checkpoint.load import load_model
 from abyssal.model import Transformer
 from abyssal.model.recorder import Recorder
-from abyssal.train.data.pairs import Pairs
+from abyssal.train.data.pairs import MOST, Pairs
 from abyssal.train.export import export
 from abyssal.train.recipe import read_recipe, trainer_of
 from abyssal.train.run import run
+from abyssal.train.skills.pairs import Dense, look_up
 
 pytestmark = pytest.mark.timeout(1500)  # the training is part of the first test
-COUNT, CHUNK = 48, 1024
 FAR = 65_536  # where reading everything drowns what is sought
-
-
-class Dense(Recorder):
-    """Every query reads every block."""
-
-    topk = FAR
 
 
 @pytest.fixture(scope="module")
@@ -42,24 +34,11 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Transformer:
 
 def right(model: Transformer, length: int, items: int, recorder: Recorder | None = None) -> float:
     """Share of the answers to pairs that no training sequence held."""
-    stage = read_recipe("test").stage("pretrain")
-    pairs = Pairs(stage.sources["pairs"].ids or (0, 0), "fixed")
-    count = min(COUNT, pairs.most)
-    hits = asked = 0
-    for item in range(items):
-        rng = np.random.default_rng((1 << 40, item))
-        ids, answers = pairs.sequence(rng, length, count, COUNT)
-        cache = model.new_cache()
-        with torch.inference_mode():
-            parts = [
-                model.logits(model.run(part, [cache], recorder=recorder).z_TD).argmax(-1)
-                for part in torch.from_numpy(ids).split(CHUNK)
-            ]
-        told = torch.cat(parts)[:-1].numpy()[answers[1:]]
-        hits += int((told == ids[answers]).sum())
-        asked += len(told)
-    assert asked == items * COUNT
-    return hits / asked
+    ids = read_recipe("test").stage("pretrain").sources["pairs"].ids
+    assert ids is not None
+    found = look_up(model, Pairs(ids, "fixed"), length, items, recorder)
+    assert found["n"] == items * MOST
+    return found["rate"]
 
 
 def test_sixteen_blocks_are_enough_far_beyond_the_trained_length(model: Transformer) -> None:
@@ -69,4 +48,4 @@ def test_sixteen_blocks_are_enough_far_beyond_the_trained_length(model: Transfor
 def test_sparse_selection_answers_where_dense_attention_does_not(model: Transformer) -> None:
     sparse = right(model, FAR, items=1)
     assert sparse >= 0.99
-    assert right(model, FAR, items=1, recorder=Dense()) < sparse - 0.1
+    assert right(model, FAR, items=1, recorder=Dense(FAR)) < sparse - 0.1
