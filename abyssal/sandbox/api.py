@@ -385,5 +385,21 @@ class Engine(Protocol):
             Timeout: nobody answered inside.
         """
 
+    async def restore(self, box_id: str, spec: Spec, folder: Path, snapshot: Path) -> Box:
+        """Start a sandbox from what `Box.snapshot` kept in a folder; random numbers, host name and machine id differ.
+
+        Raises:
+            Unsupported: the engine cannot, or the snapshot is another engine's.
+            ImageError: the snapshot is missing or damaged.
+        """
+
+    async def adopt(self, box_id: str, spec: Spec, folder: Path) -> Box:
+        """Take over a living sandbox that an earlier process of this host created with the same arguments.
+
+        Raises:
+            Unsupported: the engine's sandboxes end with the process that began them.
+            AgentLost: it lives no more.
+        """
+
     async def sweep(self, alive: frozenset[str]) -> Sequence[str]:
         """Remove what sandboxes that are not alive left behind after a crash; returns their ids."""
