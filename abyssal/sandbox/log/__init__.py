@@ -1,0 +1,1 @@
+"""The trajectory log: every operation of a sandbox and its result, in one order, durable, evident when changed."""
