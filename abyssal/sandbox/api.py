@@ -318,8 +318,11 @@ class Box(Protocol):
             Unsupported: the engine cannot.
         """
 
-    async def fork(self, ids: Sequence[str]) -> Sequence[Box]:
+    async def fork(self, children: Mapping[str, Path]) -> Sequence[Box]:
         """Copies of it that go on from here; random numbers, host name and machine id differ.
+
+        Args:
+            children: ids, and an empty folder of each, as for `Engine.create`.
 
         Raises:
             Unsupported: the engine cannot.

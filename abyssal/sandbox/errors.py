@@ -13,6 +13,7 @@
     ├── AgentLost        nobody answers inside any more; says why
     ├── OutcomeUnknown   the operation was begun, and how it ended was never learnt; it is not run again
     ├── Divergence       a client that came back asks for another operation than the log has at this place
+    ├── BadRequest       a request whose fields are wrong
     ├── SandboxLost      it ended with its host or its edge and cannot be brought back by itself
     ├── LogError         the trajectory log cannot be written, is damaged, or was changed
     └── PolicyDenied     the network policy, or the user's rights, forbid it
@@ -113,6 +114,10 @@ class Divergence(SandboxError):  # noqa: N818
     def __init__(self, seq: int, expected: str, got: str, message: str):
         super().__init__(message)
         self.seq, self.expected, self.got = seq, expected, got
+
+
+class BadRequest(SandboxError):  # noqa: N818
+    """A request whose fields are wrong."""
 
 
 class SandboxLost(SandboxError):  # noqa: N818

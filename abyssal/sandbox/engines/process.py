@@ -107,13 +107,10 @@ class ProcessBox:
         with open(folder / LAYER, "rb") as file:
             return {"layer": hashlib.file_digest(file, "sha256").hexdigest()}
 
-    async def fork(self, ids: Sequence[str]) -> Sequence[Box]:
-        made: list[Box] = []
-        for box_id in ids:
-            folder = self.folder.parent.parent / box_id / self.folder.name
+    async def fork(self, children: Mapping[str, Path]) -> Sequence[Box]:
+        for folder in children.values():
             await asyncio.to_thread(shutil.copytree, self.folder, folder, symlinks=True, dirs_exist_ok=True)
-            made.append(ProcessBox(box_id, self.spec, folder))
-        return made
+        return [ProcessBox(box_id, self.spec, folder) for box_id, folder in children.items()]
 
     async def set_network(self, network: Network) -> None:
         raise Unsupported("engine process cannot hold a network policy")

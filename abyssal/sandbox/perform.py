@@ -1,0 +1,180 @@
+"""What each operation does to a box, and what its result holds; the log is `recorded`'s business."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import signal
+from collections.abc import AsyncIterator, Mapping
+from typing import Any
+
+from abyssal.sandbox.api import Box, Command, Exit, Limits, Process, Stdout
+from abyssal.sandbox.errors import BadRequest, NotFound, Unsupported
+from abyssal.sandbox.log.blobs import Kept, whole
+from abyssal.sandbox.log.hiding import Hiding
+from abyssal.sandbox.log.output import Budget, Output
+from abyssal.sandbox.log.records import sha256
+from abyssal.sandbox.log.writer import DISK, Log
+from abyssal.sandbox.operation import THROTTLE, Operation
+from abyssal.sandbox.plain import plain
+
+# they change nothing, so they need no intent: one record with what was found
+READS = frozenset({"file.read", "file.list", "file.stat", "file.download"})
+READ_CAP = 16 << 20  # bytes that one read gives at most; who wants more asks again with an offset
+DONE: Mapping[str, Any] = {"state": "done"}
+
+
+class Performer:
+    """Runs operations on a box."""
+
+    def __init__(self, box: Box, log: Log, limits: Limits, hiding: Hiding, budget: Budget):
+        self._box, self._log, self._limits, self._hiding, self._budget = box, log, limits, hiding, budget
+
+    async def perform(self, operation: Operation, req: Mapping[str, Any], data: bytes | None) -> Mapping[str, Any]:
+        """Do it and return its result.
+
+        Raises:
+            SandboxError: it failed.
+        """
+        name, files = req["op"], self._box.files
+        match name:
+            case "exec":
+                return await self._run(operation, req, data)
+            case "file.read":
+                length = READ_CAP if req.get("length") is None else min(req["length"], READ_CAP)
+                found = await files.read(req["path"], req.get("offset", 0), length)
+                return {"state": "done", "data": await self._keep(whole(found))}
+            case "file.stat":
+                return {"state": "done", "value": plain(await files.stat(req["path"]))}
+            case "file.list":
+                return {"state": "done", "value": [plain(entry) for entry in await files.list(req["path"])]}
+            case "file.download":
+                tar = b"".join([piece async for piece in files.download(req["path"])])
+                return {"state": "done", "data": await self._keep(whole(tar))}
+            case "file.write":
+                content = data or b""
+                await files.write(req["path"], content, req.get("mode", 0o644))
+                stored = self._hiding.data(content)
+                return {"state": "done", "sha256": sha256(stored), "bytes": len(stored), "mode": req.get("mode", 0o644)}
+            case "file.upload":
+                await files.upload(req["path"], _once(data or b""))
+                return DONE
+            case "file.make_folder":
+                await files.make_folder(req["path"])
+                return DONE
+            case "file.move":
+                await files.move(req["path"], req["to"])
+                return DONE
+            case "file.remove":
+                await files.remove(req["path"])
+                return DONE
+            case "pause" | "resume":
+                await (self._box.pause() if name == "pause" else self._box.resume())
+                self._log.add(name, op_id=operation.op_id)
+                return DONE
+        raise BadRequest(f"operation {name!r} is unknown")
+
+    async def _keep(self, kept: Kept) -> dict[str, Any]:
+        return await asyncio.get_running_loop().run_in_executor(DISK, self._log.blobs.keep, kept)
+
+    async def _run(self, operation: Operation, req: Mapping[str, Any], data: bytes | None) -> Mapping[str, Any]:
+        tty = req.get("tty")
+        command = Command(
+            argv=tuple(req["argv"]), cwd=req.get("cwd"), user=req.get("user"), env=req.get("env") or {},
+            stdin=data is not None or bool(req.get("stdin")), timeout=req.get("timeout"),
+            tty=None if tty is None else (tty[0], tty[1]),
+        )  # fmt: skip
+        if tty is not None and "tty" not in self._box.features:
+            raise Unsupported(f"engine {self._box.placed.engine} has no terminals")
+        process = await self._box.start(command)
+        operation.process = process
+        outputs = operation.listen(self._limits.output, self._budget)
+        operation.started.set()
+        if tty is not None:
+            self._log.add("tty.open", op_id=operation.op_id, res={"rows": tty[0], "columns": tty[1]})
+        feeder = asyncio.create_task(_feed(process, data)) if data is not None else None
+        try:
+            ended = await self._read(operation, process, outputs, tty is not None)
+        finally:
+            if feeder is not None:
+                feeder.cancel()
+        if tty is not None:
+            self._log.add("tty.close", op_id=operation.op_id)
+        if ended.limit is not None:
+            self._log.add("limit", op_id=operation.op_id, res={"limit": ended.limit})
+        return {
+            "state": "cancelled" if operation.cancelled and ended.signal is not None else "done",
+            "exit_code": ended.code, "signal": ended.signal, "timed_out": ended.timed_out, "limit": ended.limit,
+            "duration_ms": ended.duration_ms, "usage": plain(ended.usage),
+            "stdout": await self._keep(outputs["stdout"].kept()),
+            "stderr": await self._keep(outputs["stderr"].kept()),
+        }  # fmt: skip
+
+    async def _read(
+        self, operation: Operation, process: Process, outputs: Mapping[str, Output], terminal: bool
+    ) -> Exit:
+        hiding = {"stdout": self._hiding.stream(), "stderr": self._hiding.stream()}
+        async for event in process.events():
+            if isinstance(event, Exit):
+                for name, stream in hiding.items():
+                    outputs[name].add(stream.end())
+                operation.grew()
+                return event
+            name = "stdout" if isinstance(event, Stdout) else "stderr"
+            shown = hiding[name].feed(event.data)
+            outputs[name].add(shown)
+            if terminal and shown and not outputs[name].over:  # durable before anybody sees it
+                await self._log.append("tty.out", op_id=operation.op_id, res={"data": _text(shown)})
+            operation.grew()
+            if outputs[name].over:
+                await asyncio.sleep(len(event.data) / THROTTLE)
+        raise NotFound(f"engine {self._box.placed.engine} ended a command without saying how")
+
+    async def feed(self, target: Operation, req: Mapping[str, Any], data: bytes | None) -> Mapping[str, Any]:
+        """Something for a command that runs: input, the end of input, a signal, another size of its terminal.
+
+        Raises:
+            NotFound: it does not run any more.
+        """
+        await target.started.wait()
+        process = target.process
+        if process is None:
+            raise NotFound(f"operation {target.op_id} does not run any more")
+        match req["op"]:
+            case "stdin":
+                if data:
+                    await process.write(data)
+                if req.get("end"):
+                    await process.close_stdin()
+            case "signal":
+                target.cancelled = target.cancelled or req["signal"] in (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
+                await process.signal(req["signal"])
+            case "resize":
+                await process.resize(req["rows"], req["columns"])
+            case other:
+                raise BadRequest(f"operation {other!r} is unknown")
+        return DONE
+
+    async def type(self, target: Operation, data: bytes, actor: str) -> None:
+        """Input of a terminal, durable before it is typed."""
+        await target.started.wait()
+        if target.process is None:
+            raise NotFound(f"terminal {target.op_id} is closed")
+        shown = self._hiding.data(data)
+        await self._log.append("tty.in", op_id=target.op_id, actor=actor, res={"data": _text(shown)})
+        if target.process is not None:
+            await target.process.write(data)
+
+
+async def _feed(process: Process, data: bytes) -> None:
+    await process.write(data)
+    await process.close_stdin()
+
+
+async def _once(data: bytes) -> AsyncIterator[bytes]:
+    for begin in range(0, len(data), 1 << 18):
+        yield data[begin : begin + (1 << 18)]
+
+
+def _text(data: bytes) -> str:
+    return base64.b64encode(data).decode()
