@@ -68,10 +68,6 @@ class Performer:
             case "file.remove":
                 await files.remove(req["path"])
                 return DONE
-            case "pause" | "resume":
-                await (self._box.pause() if name == "pause" else self._box.resume())
-                self._log.add(name, op_id=operation.op_id)
-                return DONE
         raise BadRequest(f"operation {name!r} is unknown")
 
     async def _keep(self, kept: Kept) -> dict[str, Any]:
@@ -82,7 +78,7 @@ class Performer:
         command = Command(
             argv=tuple(req["argv"]), cwd=req.get("cwd"), user=req.get("user"), env=req.get("env") or {},
             stdin=data is not None or bool(req.get("stdin")), timeout=req.get("timeout"),
-            tty=None if tty is None else (tty[0], tty[1]),
+            tty=None if tty is None else (tty[0], tty[1]), keep=bool(req.get("keep")),
         )  # fmt: skip
         if tty is not None and "tty" not in self._box.features:
             raise Unsupported(f"engine {self._box.placed.engine} has no terminals")

@@ -107,6 +107,8 @@ class HostProcess:
             timed_out = True
             self._kill(signal.SIGKILL)
             code = await self._process.wait()
+        if not self._command.keep:
+            self._kill(signal.SIGKILL)
         await self._drain(pumps)
         if self._master is not None:
             os.close(self._master)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -96,7 +96,7 @@ def operations(records: Sequence[Record]) -> Iterator[Mapping[str, Any]]:
         if record.kind == "op.intent":
             result = results.get(record.op_id)
         elif record.kind.startswith("file."):
-            result = record
+            result = replace(record, res={name: value for name, value in record.res.items() if name != "place"})
         else:
             continue
         yield {
@@ -109,5 +109,6 @@ def operations(records: Sequence[Record]) -> Iterator[Mapping[str, Any]]:
             "rollout": record.rollout,
             "req": record.req,
             "res": result.res if result is not None else {"state": "unknown"},
+            "place": (record.res or {}).get("place"),
             "result_seq": result.seq if result is not None else None,
         }

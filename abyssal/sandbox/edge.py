@@ -1,0 +1,488 @@
+"""The edge: all sandboxes of this host, their logs and their time to live, whoever asks for them (sandbox.md 9).
+
+A home folder belongs to one edge process at a time. When an edge starts, it takes over what its predecessor left:
+sandboxes that still live are adopted, those that do not are lost and answer from their logs, and leftovers of both
+are swept.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import fcntl
+import json
+import logging
+import os
+import secrets
+import shutil
+import time
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Self
+
+from abyssal.base.files import write_bytes
+from abyssal.sandbox import held, wire
+from abyssal.sandbox.admission import Admission, Capacity
+from abyssal.sandbox.api import Box, Engine, ProcessEvent, Spec
+from abyssal.sandbox.errors import Divergence, Expired, ImageError, NotFound, Rejected, SandboxError, Unsupported
+from abyssal.sandbox.held import Sheet
+from abyssal.sandbox.live import Live, keep_secrets
+from abyssal.sandbox.log.blobs import Kept
+from abyssal.sandbox.log.reader import operations, read_log
+from abyssal.sandbox.log.records import canonical, sha256
+from abyssal.sandbox.log.writer import Log
+from abyssal.sandbox.operation import Asked
+from abyssal.sandbox.placement import Placement
+from abyssal.sandbox.pool import WarmPool, kind
+from abyssal.sandbox.service import JSON, Answer, Begun, Wanted
+
+logger = logging.getLogger("abyssal.sandbox")
+TICK_S = 0.25
+# so that a rerun has a chance to come out equal (sandbox.md 6)
+QUIET_ENV = {"TZ": "UTC", "LANG": "C.UTF-8", "PYTHONHASHSEED": "0"}
+
+
+class Edge:
+    """Sandboxes of this host; see `Service`. Made by `Edge.open`.
+
+    Attributes:
+        id: of this edge, the first part of its sandboxes' ids.
+        placement, admission, pool: see there.
+        adopted, lost, swept: what the start found.
+    """
+
+    def __init__(self, home: Path, engines: Sequence[Engine], capacity: Capacity, warm: Sequence[tuple[Spec, int]]):
+        self._home = home
+        self._lock = _lock(home / "lock")
+        self.id = _once(home / "edge.id", lambda: secrets.token_hex(4).encode()).decode()
+        self._key = _once(home / "log.key", lambda: secrets.token_bytes(32))
+        self.placement = Placement(engines, home / "probes.json")
+        self.admission = Admission(capacity)
+        self.pool = WarmPool([(_quiet(spec), count) for spec, count in warm], self._make_warm, self._drop_warm)
+        self._boxes = home / "boxes"
+        self._boxes.mkdir(exist_ok=True)
+        self._live: dict[str, Live] = {}
+        self._gone: dict[str, Sheet] = {}
+        self._created: dict[str, tuple[str, asyncio.Task[Live]]] = {}
+        self._ending: dict[str, asyncio.Task[None]] = {}
+        self._keeper: asyncio.Task[None] | None = None
+        self.adopted: list[str] = []
+        self.lost: list[str] = []
+        self.swept: list[str] = []
+
+    @classmethod
+    async def open(
+        cls,
+        home: Path,
+        engines: Sequence[Engine],
+        *,
+        capacity: Capacity | None = None,
+        warm: Sequence[tuple[Spec, int]] = (),
+    ) -> Self:
+        """Start, take over what lives, sweep what does not.
+
+        Args:
+            home: folder of the edge; made if missing.
+            engines: in order of preference.
+            capacity: of the host.
+            warm: sandboxes to have ready, and how many of each.
+        Raises:
+            Rejected: another edge runs on this folder.
+        """
+        home.mkdir(parents=True, exist_ok=True, mode=0o700)
+        edge = cls(home, engines, capacity or Capacity(), warm)
+        await edge._take_over()
+        edge._keeper = asyncio.create_task(edge._keep())
+        edge.pool.fill()
+        return edge
+
+    # start and end
+
+    async def _take_over(self) -> None:
+        for folder in sorted(self._boxes.iterdir()):
+            if not (folder / held.FILE).exists():  # a warm box, or a creation that was cut
+                continue
+            sheet = held.read(folder)
+            if sheet.status in ("gone", "expired"):
+                self._gone[sheet.id] = sheet
+            else:
+                self._enter(await self._again(sheet, folder))
+        alive = frozenset(name for name, live in self._live.items() if live.sheet.alive)
+        for engine in self.placement.engines:
+            self.swept += await engine.sweep(alive)
+        for folder in self._boxes.iterdir():
+            if folder.name not in self._live and folder.name not in self._gone:
+                await asyncio.to_thread(shutil.rmtree, folder, ignore_errors=True)
+                self.swept.append(folder.name)
+
+    async def _again(self, sheet: Sheet, folder: Path) -> Live:
+        log = await asyncio.to_thread(Log, folder / "log", sheet.id)
+        box: Box | None = None
+        why = sheet.why
+        engine = self.placement.engine(sheet.engine)
+        if sheet.alive:
+            try:
+                box = await engine.adopt(sheet.id, sheet.spec, folder / "box")
+                await log.append("adopt")
+                self.adopted.append(sheet.id)
+            except SandboxError as error:
+                why = str(error)
+        elif sheet.status == "creating":
+            why = "its edge ended while it was being created"
+        if box is None and sheet.status != "lost":
+            await log.append("agent.lost", res={"type": "AgentLost", "cause": "unknown", "message": why})
+            self.lost.append(sheet.id)
+        live = Live(sheet, folder, engine, box, log, self._key, self._fork)
+        if box is None:
+            await live.change(status="lost", why=why)
+        return live
+
+    def _enter(self, live: Live) -> None:
+        self._live[live.sheet.id] = live
+        self.admission.take(live.sheet.spec)
+        if live.sheet.op_id is not None:
+            task: asyncio.Task[Live] = asyncio.create_task(_ready(live))
+            self._created[live.sheet.op_id] = (live.sheet.digest, task)
+
+    async def _keep(self) -> None:
+        """End what is due."""
+        while True:
+            await asyncio.sleep(TICK_S)
+            now, mono = time.time(), time.monotonic()
+            for live in list(self._live.values()):
+                why = live.due(now, mono)
+                if why is not None and live.sheet.id not in self._ending:
+                    task = self._end(live, "expire", "edge", {"why": why})
+                    task.add_done_callback(_logged)
+
+    async def close(self) -> None:
+        if self._keeper is not None:
+            self._keeper.cancel()
+            await asyncio.gather(self._keeper, return_exceptions=True)
+        await self.pool.close()
+        await asyncio.gather(*self._ending.values(), return_exceptions=True)
+        for live in self._live.values():
+            await live.recorded.close()
+        os.close(self._lock)
+
+    # creation
+
+    async def create(self, wanted: Wanted, asked: Asked) -> JSON:
+        wanted = replace(wanted, spec=_quiet(wire.spec(wire.plain(wanted.spec))))
+        digest = sha256(canonical({"spec": wire.plain(wanted.spec), "snapshot": wanted.snapshot}))
+        known = self._created.get(asked.op_id) if asked.op_id is not None else None
+        if known is not None:
+            if known[0] != digest:
+                raise Divergence(
+                    0, known[0], digest, f"{asked.op_id} created another sandbox before: take another name"
+                )
+            return (await asyncio.shield(known[1])).sheet.info()
+        task = asyncio.create_task(self._create(wanted, asked, digest))
+        if asked.op_id is not None:
+            self._created[asked.op_id] = (digest, task)
+            task.add_done_callback(lambda done: self._forget(asked.op_id or "", done))
+        return (await asyncio.shield(task)).sheet.info()
+
+    def _forget(self, op_id: str, done: asyncio.Task[Live]) -> None:
+        if done.cancelled() or done.exception() is not None:  # a refused creation may be tried again
+            self._created.pop(op_id, None)
+
+    async def _create(self, wanted: Wanted, asked: Asked, digest: str) -> Live:
+        spec = wanted.spec
+        source = None if wanted.snapshot is None else self._snapshot(wanted.snapshot)
+        engine = await self.placement.choose(spec, source.sheet.engine if source is not None else wanted.engine)
+        await self.admission.enter(spec)
+        try:
+            warm = None if source is not None else self.pool.take(spec)
+            box_id = self._new_id() if warm is None else warm[0]
+            now = time.time()
+            parent = None if source is None else {"snapshot": wanted.snapshot, **_tip(source)}
+            sheet = Sheet(
+                box_id, spec, engine.name, "creating", now, now + spec.ttl, op_id=asked.op_id, actor=asked.actor,
+                parent=parent, digest=digest,
+            )  # fmt: skip
+            folder = self._boxes / box_id
+            try:
+                log = await self._begin(folder, sheet, wanted.secrets, asked)
+                box = warm[1] if warm is not None else await self._start(engine, sheet, folder, wanted.snapshot)
+            except BaseException:
+                await self._abandon(engine, sheet, folder)
+                raise
+            return await self._finish(sheet, folder, engine, box, log)
+        except BaseException:
+            self.admission.leave(spec)
+            raise
+        finally:
+            self.admission.started()
+
+    async def _begin(self, folder: Path, sheet: Sheet, hidden: Mapping[str, str], asked: Asked) -> Log:
+        (folder / "box").mkdir(parents=True, exist_ok=True)
+        await asyncio.to_thread(keep_secrets, folder, hidden)
+        await asyncio.to_thread(sheet.write, folder)
+        log = await asyncio.to_thread(Log, folder / "log", sheet.id)
+        await log.append(
+            "create", actor=asked.actor, rollout=asked.rollout, parent=sheet.parent,
+            req={"spec": wire.plain(sheet.spec), "engine": sheet.engine},
+        )  # fmt: skip
+        return log
+
+    async def _start(self, engine: Engine, sheet: Sheet, folder: Path, snapshot: str | None) -> Box:
+        if snapshot is None:
+            return await engine.create(sheet.id, sheet.spec, folder / "box")
+        source, name = snapshot.split("/")
+        return await engine.restore(sheet.id, sheet.spec, folder / "box", self._boxes / source / "snapshots" / name)
+
+    async def _finish(self, sheet: Sheet, folder: Path, engine: Engine, box: Box, log: Log) -> Live:
+        placed = wire.plain(box.placed)
+        log.incarnation += 1
+        if sheet.parent is not None and "snapshot" in sheet.parent:
+            log.add("restore", res={"snapshot": sheet.parent["snapshot"]})
+        await log.append("ready", res=placed)
+        live = Live(sheet, folder, engine, box, log, self._key, self._fork)
+        await live.change(status="running", placed=box.placed)
+        self._live[sheet.id] = live
+        return live
+
+    async def _abandon(self, engine: Engine, sheet: Sheet, folder: Path) -> None:
+        """Nothing stays of a creation that failed."""
+        with suppress(SandboxError):
+            await engine.sweep(frozenset(self._live) | self.pool.ids)
+        await asyncio.to_thread(shutil.rmtree, folder, ignore_errors=True)
+
+    def _new_id(self) -> str:
+        return f"{self.id}-{secrets.token_hex(16)}"
+
+    async def _make_warm(self, spec: Spec) -> tuple[str, Box]:
+        engine = await self.placement.choose(spec)
+        box_id = self._new_id()
+        folder = self._boxes / box_id / "box"
+        folder.mkdir(parents=True)
+        return box_id, await engine.create(box_id, kind(spec), folder)
+
+    async def _drop_warm(self, box_id: str, box: Box) -> None:
+        await box.stop()
+        await asyncio.to_thread(shutil.rmtree, self._boxes / box_id, ignore_errors=True)
+
+    def _snapshot(self, snapshot: str) -> Live:
+        source = self._live.get(snapshot.split("/")[0])
+        if source is None or snapshot not in source.sheet.snapshots:
+            raise ImageError(f"no snapshot {snapshot} on this edge: its sandbox has to be there still")
+        return source
+
+    async def _fork(self, parent: Live, count: int) -> Sequence[str]:
+        if "fork" not in parent.box.features:
+            raise Unsupported(f"engine {parent.engine.name} cannot fork")
+        ids: list[str] = []
+        spec, tip = parent.sheet.spec, _tip(parent)
+        try:
+            for _ in range(count):
+                await self.admission.enter(spec)
+                ids.append(self._new_id())
+                self.admission.started()
+            folders = {box_id: self._boxes / box_id for box_id in ids}
+            logs: dict[str, Log] = {}
+            now = time.time()
+            sheets = {
+                box_id: Sheet(box_id, spec, parent.engine.name, "creating", now, now + spec.ttl,
+                              actor=parent.sheet.actor, parent=tip)
+                for box_id in ids
+            }  # fmt: skip
+            for box_id in ids:
+                log = await self._begin(folders[box_id], sheets[box_id], {}, Asked())
+                log.incarnation = parent.recorded.log.incarnation
+                logs[box_id] = log
+            boxes = await parent.box.fork({box_id: folder / "box" for box_id, folder in folders.items()})
+        except BaseException:
+            for box_id in ids:
+                self.admission.leave(spec)
+                await asyncio.to_thread(shutil.rmtree, self._boxes / box_id, ignore_errors=True)
+            raise
+        for box_id, box in zip(ids, boxes, strict=True):
+            await self._finish(sheets[box_id], folders[box_id], parent.engine, box, logs[box_id])
+        return ids
+
+    # the end of a sandbox
+
+    async def destroy(self, sandbox: str, actor: str = "local") -> None:
+        if sandbox in self._gone:
+            return
+        await asyncio.shield(self._end(self._find(sandbox), "destroy", actor))
+
+    def _end(self, live: Live, record: str, actor: str, res: JSON | None = None) -> asyncio.Task[None]:
+        name = live.sheet.id
+        if name not in self._ending:
+            self._ending[name] = asyncio.create_task(self._finally(live, record, actor, res))
+        return self._ending[name]
+
+    async def _finally(self, live: Live, record: str, actor: str, res: JSON | None) -> None:
+        head = await live.end(record, actor, res)
+        await asyncio.to_thread(self._keep_head, live.sheet.id, head)
+        await live.change(status="expired" if record == "expire" else "gone", head=head)
+        await asyncio.to_thread(shutil.rmtree, live.folder / "box", ignore_errors=True)
+        await asyncio.to_thread(shutil.rmtree, live.folder / "snapshots", ignore_errors=True)
+        self._gone[live.sheet.id] = live.sheet
+        del self._live[live.sheet.id]
+        del self._ending[live.sheet.id]
+        if live.sheet.op_id is not None:
+            self._created.pop(live.sheet.op_id, None)
+        self.admission.leave(live.sheet.spec)
+
+    def _keep_head(self, sandbox: str, head: str) -> None:
+        with open(self._home / "heads.jsonl", "a", encoding="ascii") as file:
+            file.write(json.dumps({"sandbox": sandbox, "head": head}) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+    def _find(self, sandbox: str) -> Live:
+        if sandbox in self._live:
+            return self._live[sandbox]
+        if sandbox in self._gone:
+            if self._gone[sandbox].status == "expired":
+                raise Expired(f"the time of sandbox {sandbox} has passed: its log is kept")
+            raise NotFound(f"sandbox {sandbox} was stopped: its log is kept")
+        raise NotFound(f"no sandbox {sandbox} on edge {self.id}")
+
+    # what callers ask
+
+    async def capabilities(self) -> JSON:
+        engines = []
+        for engine in self.placement.engines:
+            found = await self.placement.probe(engine)
+            engines.append(
+                {
+                    "name": engine.name, "substrates": list(engine.substrates), "features": sorted(engine.features),
+                    "ok": found.ok, "detail": found.detail, "remedy": found.remedy,
+                    "placed": None if found.placed is None else wire.plain(found.placed),
+                }
+            )  # fmt: skip
+        room = self.admission
+        return {
+            "edge": self.id,
+            "engines": engines,
+            "capacity": wire.plain(room.capacity),
+            "used": {"memory": room.memory, "sandboxes": room.sandboxes, "waiting": room.waiting},
+        }
+
+    async def list(self, labels: Mapping[str, str]) -> Sequence[JSON]:
+        return [live.sheet.info() for live in self._live.values() if _has(live.sheet, labels)]
+
+    async def info(self, sandbox: str) -> JSON:
+        if sandbox in self._gone:
+            return self._gone[sandbox].info()
+        return self._find(sandbox).sheet.info()
+
+    async def begin(self, sandbox: str, req: JSON, asked: Asked, data: bytes | None = None) -> Begun:
+        operation, replayed = await self._find(sandbox).recorded.ask(req, asked, data)
+        return Begun(operation.op_id, operation.seq, replayed)
+
+    async def result(self, sandbox: str, begun: Begun) -> Answer:
+        operation = self._find(sandbox).recorded.find(begun.op_id)
+        res = await operation.result()
+        streams = {name: operation.kept(name) for name in ("stdout", "stderr", "data") if name in res}
+        return Answer(operation.op_id, operation.seq, begun.replayed, res, streams)
+
+    async def call(self, sandbox: str, req: JSON, asked: Asked, data: bytes | None = None) -> Answer:
+        return await self.result(sandbox, await self.begin(sandbox, req, asked, data))
+
+    def events(self, sandbox: str, op_id: str, stdout: int = 0, stderr: int = 0) -> AsyncIterator[ProcessEvent]:
+        return self._find(sandbox).recorded.find(op_id).events(stdout, stderr)
+
+    async def type(self, sandbox: str, op_id: str, data: bytes, actor: str = "local") -> None:
+        recorded = self._find(sandbox).recorded
+        await recorded.tty_input(recorded.find(op_id), data, actor)
+
+    async def operations(self, sandbox: str) -> Sequence[JSON]:
+        return [
+            {
+                "op_id": operation.op_id, "seq": operation.seq, "req": operation.req,
+                "state": "running" if operation.res is None else operation.res["state"],
+            }
+            for operation in self._find(sandbox).recorded.operations
+        ]  # fmt: skip
+
+    async def stored(self, sandbox: str, op_id: str, name: str) -> Kept:
+        found = await asyncio.to_thread(read_log, self.log_folder(sandbox))
+        for entry in operations(found.records):
+            if entry["op_id"] == op_id:
+                holder = entry["req"].get("data") if name == "input" else entry["res"].get(name)
+                if holder is None:
+                    break
+                return await asyncio.to_thread(found.blobs.fetch, holder)
+        raise NotFound(f"sandbox {sandbox} has no operation {op_id} with {name}")
+
+    async def resolve(self, sandbox: str, op_id: str, res: JSON, actor: str = "local") -> None:
+        await self._find(sandbox).recorded.resolve(op_id, res, actor)
+
+    async def log(self, sandbox: str, from_seq: int = 0, *, follow: bool = False) -> AsyncIterator[JSON]:
+        if sandbox in self._gone:
+            found = await asyncio.to_thread(read_log, self.log_folder(sandbox))
+            found.check(self._gone[sandbox].head)
+            for record in found.records[from_seq:]:
+                yield wire.plain(record)
+            return
+        async for record in self._find(sandbox).recorded.log.read(from_seq, follow=follow):
+            yield wire.plain(record)
+
+    def log_folder(self, sandbox: str) -> Path:
+        """Where a sandbox's log lies.
+
+        Raises:
+            NotFound: there is no such sandbox.
+        """
+        if sandbox not in self._gone:
+            self._find(sandbox)
+        return self._boxes / sandbox / "log"
+
+    async def group(self, label: str, value: str, action: str, actor: str = "local") -> Sequence[str]:
+        if action not in ("pause", "resume", "stop"):
+            raise NotFound(f"groups know pause, resume and stop, not {action!r}")
+        names = [name for name, live in self._live.items() if _has(live.sheet, {label: value})]
+        work = [
+            self.destroy(name, actor) if action == "stop" else self.call(name, {"op": action}, Asked(actor=actor))
+            for name in names
+        ]
+        for found in await asyncio.gather(*work, return_exceptions=True):
+            if isinstance(found, BaseException):
+                raise found
+        return names
+
+
+def _has(sheet: Sheet, labels: Mapping[str, str]) -> bool:
+    return all(sheet.spec.labels.get(name) == value for name, value in labels.items())
+
+
+def _tip(live: Live) -> dict[str, Any]:
+    log = live.recorded.log
+    return {"sandbox": live.sheet.id, "seq": log.next_seq - 1, "hash": log.head}
+
+
+def _quiet(spec: Spec) -> Spec:
+    return replace(spec, env={**QUIET_ENV, **spec.env})
+
+
+async def _ready(live: Live) -> Live:
+    return live
+
+
+def _logged(task: asyncio.Task[None]) -> None:
+    if not task.cancelled() and task.exception() is not None:
+        logger.error("a sandbox could not be ended", exc_info=task.exception())
+
+
+def _lock(path: Path) -> int:
+    handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(handle)
+        raise Rejected(f"another edge runs on {path.parent}: speak to it, or take another folder") from None
+    return handle
+
+
+def _once(path: Path, make: Any) -> bytes:
+    """What a file holds, made if missing."""
+    if not path.exists():
+        write_bytes(path, make())
+        path.chmod(0o600)
+    return path.read_bytes()
