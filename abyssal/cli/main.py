@@ -20,6 +20,7 @@ from abyssal.cli.generate import generate
 from abyssal.cli.inspect import inspect
 from abyssal.cli.logits import logits
 from abyssal.cli.make_release import make_release
+from abyssal.cli.sandbox import sandbox
 from abyssal.cli.serve import serve
 from abyssal.cli.train import train
 
@@ -33,6 +34,7 @@ for verb in (inspect, generate, chat, serve, logits, encode, parse, make_release
     app.command()(verb)
 app.add_typer(cache, name="cache")
 app.add_typer(train, name="train")
+app.add_typer(sandbox, name="sandbox")
 
 
 def _version(show: bool) -> None:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from abyssal.arch.config import ModelConfig
 from abyssal.arch.presets import PRESETS, preset
 from abyssal.base.errors import InputError
+from abyssal.base.home import home
 from abyssal.base.machine import this_machine
 
 if TYPE_CHECKING:
@@ -59,15 +59,6 @@ def config_of(name: str) -> ModelConfig:
     if name in PRESETS:
         return preset(name)
     raise InputError(f"{name} is no folder, file or preset: presets are {', '.join(PRESETS)}")
-
-
-def home() -> Path:
-    """Where caches lie: ABYSSAL_HOME, else the platform's cache folder."""
-    given = os.environ.get("ABYSSAL_HOME")
-    if given:
-        return Path(given)
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "abyssal"
 
 
 def open_disk_cache() -> DiskCache:

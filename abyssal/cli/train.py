@@ -12,8 +12,8 @@ from typing import Annotated, Any, cast
 import typer
 
 from abyssal.base.errors import InputError
+from abyssal.base.home import home
 from abyssal.base.progress import LINE_EVERY_S, StatusLine
-from abyssal.cli.models import home
 
 train = typer.Typer(help="Train models: data, pre-training, SFT, exports, reports.", no_args_is_help=True)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import fcntl
+import hashlib
 import json
 import logging
 import os
@@ -411,6 +412,19 @@ class Edge:
                 return await asyncio.to_thread(found.blobs.fetch, holder)
         raise NotFound(f"sandbox {sandbox} has no operation {op_id} with {name}")
 
+    def request(self, sandbox: str, op_id: str) -> JSON:
+        """What an operation was asked to do.
+
+        Raises:
+            NotFound: there is none of that name.
+        """
+        return self._find(sandbox).recorded.find(op_id).req
+
+    @property
+    def token_key(self) -> bytes:
+        """A key for tokens of sandboxes."""
+        return hashlib.sha256(b"tokens" + self._key).digest()
+
     async def resolve(self, sandbox: str, op_id: str, res: JSON, actor: str = "local") -> None:
         await self._find(sandbox).recorded.resolve(op_id, res, actor)
 
@@ -434,10 +448,16 @@ class Edge:
             self._find(sandbox)
         return self._boxes / sandbox / "log"
 
-    async def group(self, label: str, value: str, action: str, actor: str = "local") -> Sequence[str]:
+    async def group(
+        self, label: str, value: str, action: str, actor: str = "local", only: str | None = None
+    ) -> Sequence[str]:
         if action not in ("pause", "resume", "stop"):
             raise NotFound(f"groups know pause, resume and stop, not {action!r}")
-        names = [name for name, live in self._live.items() if _has(live.sheet, {label: value})]
+        names = [
+            name
+            for name, live in self._live.items()
+            if _has(live.sheet, {label: value}) and only in (None, live.sheet.actor)
+        ]
         work = [
             self.destroy(name, actor) if action == "stop" else self.call(name, {"op": action}, Asked(actor=actor))
             for name in names

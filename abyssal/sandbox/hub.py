@@ -59,11 +59,10 @@ class Sandboxes:
         """
 
         async def opener() -> Service:
-            from abyssal.sandbox import client, daemon
+            from abyssal.sandbox.http.client import HttpService
+            from abyssal.sandbox.http.daemon import local
 
-            if where == "local":
-                return await daemon.local(home)
-            return await client.HttpService.open(where, token)
+            return await local(home) if where == "local" else await HttpService.open(where, token)
 
         return cls(None, opener=opener)
 

@@ -83,6 +83,7 @@ async def rerun(
     normalisers: Sequence[str] = (),
     until: int | None = None,
     ttl: float = 900.0,
+    actor: str = "local",
 ) -> Rerun:
     """Run a sandbox's operations again in a new one, and compare.
 
@@ -92,6 +93,7 @@ async def rerun(
         normalisers: names of `NORMALISERS`, for streams.
         until: leave out operations from this place in the log on.
         ttl: of the new sandbox, which is the caller's to stop.
+        actor: who asks.
     Raises:
         Unsupported: the engine that ran it is not there.
     """
@@ -101,15 +103,15 @@ async def rerun(
             raise NotFound(f"no normaliser {name!r}: choose from {', '.join(NORMALISERS)}")
         chosen.append(NORMALISERS[name])
     records = await _records(service, sandbox)
-    child = await _fresh(service, records, ttl)
+    child = await _fresh(service, records, ttl, actor)
     rows = []
     for entry in operations(records):
         if until is None or entry["seq"] < until:
-            rows.append(await _compare(service, sandbox, child, entry, chosen, Asked()))
+            rows.append(await _compare(service, sandbox, child, entry, chosen, Asked(actor=actor)))
     return Rerun(child, rows)
 
 
-async def branch(service: Service, sandbox: str, seq: int, *, keep_places: bool = False) -> str:
+async def branch(service: Service, sandbox: str, seq: int, *, keep_places: bool = False, actor: str = "local") -> str:
     """A new sandbox that stands where this one stood before a place in its log.
 
     It begins from the newest snapshot before that place, or anew, and runs the operations in between again.
@@ -120,6 +122,7 @@ async def branch(service: Service, sandbox: str, seq: int, *, keep_places: bool 
         seq: of the first record that does not count.
         keep_places: all operations run again, and keep their places in their streams, so that a client that comes
             back to the new sandbox finds them.
+        actor: who asks.
     Returns:
         the id of the new sandbox, which is the caller's to stop.
     Raises:
@@ -132,14 +135,16 @@ async def branch(service: Service, sandbox: str, seq: int, *, keep_places: bool 
     if snapshots:
         name = max(snapshots, key=lambda name: snapshots[name])
         spec = _spec(records)
-        child = (await service.create(Wanted(spec, snapshot=name), Asked()))["id"]
+        child = (await service.create(Wanted(spec, snapshot=name), Asked(actor=actor)))["id"]
     else:
-        child = await _fresh(service, records, _spec(records).ttl)
+        child = await _fresh(service, records, _spec(records).ttl, actor)
     try:
         for entry in operations(records):
             if start < entry["seq"] < seq and (keep_places or entry["req"]["op"] not in READS):
                 place = entry["place"] if keep_places else None
-                asked = Asked() if place is None else Asked(stream=place[0], ordinal=place[1])
+                asked = Asked(actor=actor)
+                if place is not None:
+                    asked = Asked(stream=place[0], ordinal=place[1], actor=actor)
                 row = await _compare(service, sandbox, child, entry, [], asked)
                 if row.verdict == "different":
                     raise SandboxLost(f"the state before record {seq} cannot be reached: record {row.seq} {row.why}")
@@ -157,9 +162,9 @@ def _spec(records: Sequence[Record]) -> Spec:
     return wire.spec(records[0].req["spec"])
 
 
-async def _fresh(service: Service, records: Sequence[Record], ttl: float) -> str:
+async def _fresh(service: Service, records: Sequence[Record], ttl: float, actor: str) -> str:
     spec = wire.spec({**records[0].req["spec"], "ttl": ttl})
-    info = await service.create(Wanted(spec, records[0].req["engine"]), Asked())
+    info = await service.create(Wanted(spec, records[0].req["engine"]), Asked(actor=actor))
     return str(info["id"])
 
 

@@ -95,8 +95,10 @@ class Service(Protocol):
     def log(self, sandbox: str, from_seq: int = 0, *, follow: bool = False) -> AsyncIterator[JSON]:
         """Records of a sandbox."""
 
-    async def group(self, label: str, value: str, action: str, actor: str = "local") -> Sequence[str]:
-        """Pause, resume or stop all sandboxes with a label; returns their ids."""
+    async def group(
+        self, label: str, value: str, action: str, actor: str = "local", only: str | None = None
+    ) -> Sequence[str]:
+        """Pause, resume or stop all sandboxes with a label, or those of them that `only` created; returns their ids."""
 
     async def close(self) -> None:
         """Let go of it; sandboxes live on."""
