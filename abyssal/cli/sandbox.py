@@ -53,9 +53,10 @@ def run(
     if boundary is not None and boundary not in STRENGTH:
         raise InputError(f"unknown boundary {boundary!r}: choose from {', '.join(STRENGTH)}")
     variables = dict(_pair(text) for text in env or [])
+    require = Require(boundary=boundary)  # type: ignore[arg-type]
     options: dict[str, Any] = {
         "image": image, "engine": engine, "limits": {"memory": memory, "cpu": cpu}, "env": variables,
-        "require": Require(boundary=boundary),
+        "require": require,
     }  # fmt: skip
 
     async def work() -> int:
@@ -63,7 +64,7 @@ def run(
             begin = time.perf_counter()
             box: Sandbox
             if inside is None:
-                box = await hub.create(substrate, **options)  # type: ignore[arg-type]
+                box = await hub.create(substrate, **options)
             else:
                 box = await hub.attach(inside)
             ready = time.perf_counter()

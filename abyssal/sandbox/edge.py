@@ -107,7 +107,7 @@ class Edge:
             sheet = held.read(folder)
             if sheet.status in ("gone", "expired"):
                 self._gone[sheet.id] = sheet
-            else:
+            elif sheet.status != "creating":  # nobody was told of such a one, so it is a leftover
                 self._enter(await self._again(sheet, folder))
         alive = frozenset(name for name, live in self._live.items() if live.sheet.alive)
         for engine in self.placement.engines:
@@ -129,8 +129,6 @@ class Edge:
                 self.adopted.append(sheet.id)
             except SandboxError as error:
                 why = str(error)
-        elif sheet.status == "creating":
-            why = "its edge ended while it was being created"
         if box is None and sheet.status != "lost":
             await log.append("agent.lost", res={"type": "AgentLost", "cause": "unknown", "message": why})
             self.lost.append(sheet.id)

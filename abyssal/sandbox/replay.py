@@ -163,8 +163,12 @@ def _spec(records: Sequence[Record]) -> Spec:
 
 
 async def _fresh(service: Service, records: Sequence[Record], ttl: float, actor: str) -> str:
-    spec = wire.spec({**records[0].req["spec"], "ttl": ttl})
-    info = await service.create(Wanted(spec, records[0].req["engine"]), Asked(actor=actor))
+    """A sandbox that stands where this one began."""
+    spec, parent = wire.spec({**records[0].req["spec"], "ttl": ttl}), records[0].parent
+    if parent is not None and "snapshot" not in parent:  # a fork
+        return await branch(service, parent["sandbox"], parent["seq"] + 1, actor=actor)
+    snapshot = None if parent is None else parent["snapshot"]
+    info = await service.create(Wanted(spec, records[0].req["engine"], snapshot), Asked(actor=actor))
     return str(info["id"])
 
 
@@ -186,6 +190,8 @@ async def _compare(
         return row("not comparable", "is the edge's business and was left out")
     if "tty" in req or "of" in req or req.get("stdin") or "stdin" in name:
         return row("not comparable", "took input while it ran")
+    if old["state"] == "cancelled":
+        return row("not comparable", "was ended from outside, so it was left out")
     data = None
     if "data" in req:
         data = (await service.stored(sandbox, entry["op_id"], "input")).data

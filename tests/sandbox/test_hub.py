@@ -257,8 +257,8 @@ def test_forks_and_groups(tmp_path: Path) -> None:
             await kid.run(f"echo {number} >> f")
         assert [(await kid.run("cat f")).text for kid in kids] == ["p\n0\n", "p\n1\n", "p\n2\n"]
         assert (await sb.run("cat f")).text == "p\n"
-        first = [record async for record in kids[0].log()].pop(0)
-        assert first["parent"]["sandbox"] == sb.id
+        records = [record async for record in kids[0].log()]
+        assert records[0]["parent"]["sandbox"] == sb.id
         assert len(await hub.list(job="g")) == 4
         counter = await sb.start("while :; do echo x >> ticks; sleep 0.02; done")
         await asyncio.sleep(0.3)

@@ -162,7 +162,7 @@ def test_an_operation_that_the_edge_lost_is_unknown_until_resolved(tmp_path: Pat
         async with opened(tmp_path) as recorded:
             await recorded.resolve(caught.value.op_id, {"state": "done", "exit_code": 0})
             with pytest.raises(SandboxError, match="not unknown"):
-                await recorded.resolve(caught.value.op_id, {"state": "done"})
+                await recorded.resolve(caught.value.op_id, {"state": "failed"})
             res = await done(recorded, req, asked)
             assert (res["declared"], res["replayed"], res["exit_code"]) == (True, True, 0)
         async with opened(tmp_path) as recorded:

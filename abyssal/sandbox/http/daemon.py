@@ -9,10 +9,10 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 from abyssal.base.home import home as default_home
 from abyssal.sandbox.errors import Rejected, Timeout
@@ -42,7 +42,7 @@ async def local(home: Path | None = None, *, unsafe: bool = False) -> HttpServic
     folder = edge_home(home)
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     until = time.monotonic() + START_S
-    process: subprocess.Popen[bytes] | None = None
+    started: int | None = None
     while True:
         service = HttpService("http://edge", socket=folder / SOCKET, reconnect=0.0)
         try:
@@ -52,20 +52,23 @@ async def local(home: Path | None = None, *, unsafe: bool = False) -> HttpServic
         else:
             await service.close()
             return HttpService("http://edge", socket=folder / SOCKET)
-        if process is None or process.poll() is not None:
-            process = _start(folder, unsafe)
+        if started is None or not _lives(started):
+            started = _start(folder, unsafe)
         if time.monotonic() > until:
             raise Timeout(f"the edge of this host did not start within {START_S:.0f} seconds: see {folder / NOTES}")
         await asyncio.sleep(0.05)
 
 
-def _start(folder: Path, unsafe: bool) -> subprocess.Popen[bytes]:
-    """Begin it, apart from our session and our terminal."""
-    with open(folder / NOTES, "ab") as notes:
-        return subprocess.Popen(
-            [sys.executable, "-c", _PROGRAM, str(folder), "unsafe" if unsafe else "safe"],
-            stdin=subprocess.DEVNULL, stdout=notes, stderr=notes, start_new_session=True, cwd="/",
-        )  # fmt: skip
+def _start(folder: Path, unsafe: bool) -> int:
+    """Begin it, apart from our session and our terminal; it outlives us."""
+    arguments = [sys.executable, "-c", _PROGRAM, str(folder), "unsafe" if unsafe else "safe"]
+    notes = os.open(folder / NOTES, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+    try:
+        ends: list[tuple[Any, ...]] = [(os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0)]
+        ends += [(os.POSIX_SPAWN_DUP2, notes, number) for number in (1, 2)]
+        return os.posix_spawn(sys.executable, arguments, os.environ, file_actions=ends, setsid=True)
+    finally:
+        os.close(notes)
 
 
 async def end(home: Path | None = None) -> bool:
@@ -96,6 +99,7 @@ def _lives(pid: int) -> bool:
 def main() -> None:
     """The process; its arguments are the folder and whether unsafe engines are offered."""
     folder, unsafe = Path(sys.argv[1]), sys.argv[2] == "unsafe"
+    os.chdir("/")
     try:
         asyncio.run(_serve(folder, unsafe))
     except Rejected:  # another was faster
