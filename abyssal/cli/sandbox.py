@@ -154,6 +154,7 @@ def serve(
     warm: Annotated[
         list[str] | None, typer.Option(help="SUBSTRATE:IMAGE:COUNT to have ready; may be repeated.")
     ] = None,
+    open_network: Annotated[bool, typer.Option(help="Let sandboxes ask for the network mode open.")] = False,
     home: Home = None,
     allow_unsafe: Unsafe = False,
     log_level: Annotated[str, typer.Option(help="debug, info, warning or error.")] = "info",
@@ -180,7 +181,9 @@ def serve(
 
     async def work() -> None:
         room = Capacity(memory=total, sandboxes=sandboxes, per_job=per_job)
-        edge = await Edge.open(edge_home(home), installed(allow_unsafe=allow_unsafe), capacity=room, warm=kinds)
+        edge = await Edge.open(
+            edge_home(home), installed(allow_unsafe=allow_unsafe), capacity=room, warm=kinds, open_network=open_network
+        )
         try:
             if socket_path is not None:
                 listening, where = unix_socket(socket_path), str(socket_path)

@@ -25,8 +25,17 @@ from typing import Any, Self
 from abyssal.base.files import write_bytes
 from abyssal.sandbox import held, wire
 from abyssal.sandbox.admission import Admission, Capacity
-from abyssal.sandbox.api import Box, Engine, ProcessEvent, Spec
-from abyssal.sandbox.errors import Divergence, Expired, ImageError, NotFound, Rejected, SandboxError, Unsupported
+from abyssal.sandbox.api import Box, Engine, Network, ProcessEvent, Spec
+from abyssal.sandbox.errors import (
+    Divergence,
+    Expired,
+    ImageError,
+    NotFound,
+    PolicyDenied,
+    Rejected,
+    SandboxError,
+    Unsupported,
+)
 from abyssal.sandbox.held import Sheet
 from abyssal.sandbox.live import Live, keep_secrets
 from abyssal.sandbox.log.blobs import Kept
@@ -53,8 +62,15 @@ class Edge:
         adopted, lost, swept: what the start found.
     """
 
-    def __init__(self, home: Path, engines: Sequence[Engine], capacity: Capacity, warm: Sequence[tuple[Spec, int]]):
-        self._home = home
+    def __init__(
+        self,
+        home: Path,
+        engines: Sequence[Engine],
+        capacity: Capacity,
+        warm: Sequence[tuple[Spec, int]],
+        open_network: bool,
+    ):
+        self._home, self._open_network = home, open_network
         self._lock = _lock(home / "lock")
         self.id = _once(home / "edge.id", lambda: secrets.token_hex(4).encode()).decode()
         self._key = _once(home / "log.key", lambda: secrets.token_bytes(32))
@@ -80,6 +96,7 @@ class Edge:
         *,
         capacity: Capacity | None = None,
         warm: Sequence[tuple[Spec, int]] = (),
+        open_network: bool = False,
     ) -> Self:
         """Start, take over what lives, sweep what does not.
 
@@ -88,11 +105,12 @@ class Edge:
             engines: in order of preference.
             capacity: of the host.
             warm: sandboxes to have ready, and how many of each.
+            open_network: whether sandboxes may ask for the network mode "open".
         Raises:
             Rejected: another edge runs on this folder.
         """
         home.mkdir(parents=True, exist_ok=True, mode=0o700)
-        edge = cls(home, engines, capacity or Capacity(), warm)
+        edge = cls(home, engines, capacity or Capacity(), warm, open_network)
         await edge._take_over()
         edge._keeper = asyncio.create_task(edge._keep())
         edge.pool.fill()
@@ -132,7 +150,7 @@ class Edge:
         if box is None and sheet.status != "lost":
             await log.append("agent.lost", res={"type": "AgentLost", "cause": "unknown", "message": why})
             self.lost.append(sheet.id)
-        live = Live(sheet, folder, engine, box, log, self._key, self._fork)
+        live = Live(sheet, folder, engine, box, log, self._key, self._fork, self._permit)
         if box is None:
             await live.change(status="lost", why=why)
         return live
@@ -169,6 +187,7 @@ class Edge:
 
     async def create(self, wanted: Wanted, asked: Asked) -> JSON:
         wanted = replace(wanted, spec=_quiet(wire.spec(wire.plain(wanted.spec))))
+        self._permit(wanted.spec.network)
         digest = sha256(canonical({"spec": wire.plain(wanted.spec), "snapshot": wanted.snapshot}))
         known = self._created.get(asked.op_id) if asked.op_id is not None else None
         if known is not None:
@@ -182,6 +201,10 @@ class Edge:
             self._created[asked.op_id] = (digest, task)
             task.add_done_callback(lambda done: self._forget(asked.op_id or "", done))
         return (await asyncio.shield(task)).sheet.info()
+
+    def _permit(self, network: Network) -> None:
+        if network.mode == "open" and not self._open_network:
+            raise PolicyDenied("network mode open is not permitted on this host: its operator has to say so")
 
     def _forget(self, op_id: str, done: asyncio.Task[Live]) -> None:
         if done.cancelled() or done.exception() is not None:  # a refused creation may be tried again
@@ -238,7 +261,7 @@ class Edge:
         if sheet.parent is not None and "snapshot" in sheet.parent:
             log.add("restore", res={"snapshot": sheet.parent["snapshot"]})
         await log.append("ready", res=placed)
-        live = Live(sheet, folder, engine, box, log, self._key, self._fork)
+        live = Live(sheet, folder, engine, box, log, self._key, self._fork, self._permit)
         await live.change(status="running", placed=box.placed)
         self._live[sheet.id] = live
         return live

@@ -68,7 +68,7 @@ class Sheet:
     def info(self) -> dict[str, Any]:
         """What callers see."""
         shown = asdict(self)
-        shown["created"], shown["deadline"] = _time(self.created), _time(self.deadline)
+        shown["created"], shown["deadline"] = rfc3339(self.created), rfc3339(self.deadline)
         return shown
 
 
@@ -86,6 +86,7 @@ def read(folder: Path) -> Sheet:
         raise LogError(f"{folder / FILE} cannot be read ({error}): its sandbox is not known any more") from None
 
 
-def _time(seconds: float) -> str:
+def rfc3339(seconds: float) -> str:
+    """A wall clock's seconds, in UTC."""
     whole = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(seconds))
     return f"{whole}.{int(seconds % 1 * 1000):03d}Z"

@@ -12,7 +12,7 @@ from typing import Any
 
 from abyssal.base.files import write_bytes
 from abyssal.sandbox import plain
-from abyssal.sandbox.api import Box, Engine
+from abyssal.sandbox.api import Box, Engine, Network
 from abyssal.sandbox.errors import BadRequest
 from abyssal.sandbox.held import Sheet
 from abyssal.sandbox.log.hiding import Hiding
@@ -35,11 +35,22 @@ class Live:
         log: open.
         key: of this host, for tags of secrets.
         fork: the edge's part in forks.
+        permit: raises for network policies that the host does not permit.
     """
 
-    def __init__(self, sheet: Sheet, folder: Path, engine: Engine, box: Box | None, log: Log, key: bytes, fork: Fork):
+    def __init__(
+        self,
+        sheet: Sheet,
+        folder: Path,
+        engine: Engine,
+        box: Box | None,
+        log: Log,
+        key: bytes,
+        fork: Fork,
+        permit: Callable[[Network], None],
+    ):
         self.sheet, self.folder, self.engine = sheet, folder, engine
-        self._fork = fork
+        self._fork, self._permit = fork, permit
         extra = {
             "pause": self._pause, "resume": self._resume, "snapshot": self._snapshot, "fork": self._forked,
             "network": self._network, "ttl": self._ttl,
@@ -112,6 +123,7 @@ class Live:
 
     async def _network(self, operation: Operation) -> Mapping[str, Any]:
         network = wire.network(operation.req["network"])
+        self._permit(network)
         await self.box.set_network(network)
         self.recorded.log.add("net.policy", op_id=operation.op_id, res=wire.plain(network))
         await self.change(spec=replace(self.sheet.spec, network=network))
