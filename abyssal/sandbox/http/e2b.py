@@ -15,7 +15,7 @@ import base64
 import json
 import posixpath
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from starlette.datastructures import UploadFile
 from starlette.requests import Request
@@ -30,12 +30,10 @@ from abyssal.sandbox.held import rfc3339
 from abyssal.sandbox.http import routes
 from abyssal.sandbox.http.access import Caller, Unauthorised
 from abyssal.sandbox.http.bodies import body, body_json
+from abyssal.sandbox.http.gate import Gate
 from abyssal.sandbox.operation import Asked
 from abyssal.sandbox.perform import READ_CAP
 from abyssal.sandbox.service import Wanted
-
-if TYPE_CHECKING:
-    from abyssal.sandbox.http.server import SandboxServer
 
 ENVD = "0.5.7"  # whose wire this is: raw uploads, closing of stdin; no metadata of files yet
 TEMPLATES = {"base": "host", "": "host"}
@@ -62,10 +60,10 @@ JSON = Mapping[str, Any]
 
 
 class E2b:
-    """The routes over our server."""
+    """The routes over our edge."""
 
-    def __init__(self, server: SandboxServer):
-        self._server, self._edge = server, server.edge
+    def __init__(self, gate: Gate):
+        self._gate, self._edge = gate, gate.edge
 
     def routes(self) -> list[BaseRoute]:
         """All of them."""
@@ -107,9 +105,9 @@ class E2b:
     def _api(self, work: Callable[[Request, Caller], Awaitable[Response]]) -> Callable[[Request], Awaitable[Response]]:
         async def handler(request: Request) -> Response:
             try:
-                caller = self._server.access.caller(request.headers.get("x-api-key"))
+                caller = self._gate.access.caller(request.headers.get("x-api-key"))
                 if "id" in request.path_params:
-                    await self._server.allowed(caller, request.path_params["id"])
+                    await self._gate.allowed(caller, request.path_params["id"])
                 return await work(request, caller)
             except Unauthorised as error:
                 return JSONResponse({"code": 401, "message": str(error)}, 401)
@@ -129,7 +127,7 @@ class E2b:
             labels=wire.texts(value.get("metadata") or {}, "metadata"),
             ttl=wire.seconds(value.get("timeout", TTL), "timeout"),
         )  # fmt: skip
-        await self._server.check_quota(caller)
+        await self._gate.check_quota(caller)
         asked = Asked(op_id=request.headers.get("idempotency-key"), actor=caller.actor)
         info = await self._edge.create(Wanted(spec), asked)
         return JSONResponse(self._sandbox(info, caller), 201)
@@ -137,7 +135,7 @@ class E2b:
     def _sandbox(self, info: JSON, caller: Caller) -> dict[str, Any]:
         return {
             "sandboxID": info["id"], "templateID": info["spec"]["image"], "clientID": self._edge.id,
-            "envdVersion": ENVD, "envdAccessToken": self._server.access.sandbox_token(info["id"], caller.actor),
+            "envdVersion": ENVD, "envdAccessToken": self._gate.access.sandbox_token(info["id"], caller.actor),
             "domain": None,
         }  # fmt: skip
 
@@ -153,7 +151,7 @@ class E2b:
 
     async def _list(self, request: Request, caller: Caller) -> Response:
         found = await self._edge.list({})
-        mine = [info for info in found if self._server.access.open or info["actor"] == caller.actor]
+        mine = [info for info in found if self._gate.mine(caller, info)]
         return JSONResponse([self._shown(info) for info in mine])
 
     async def _detail(self, request: Request, caller: Caller) -> Response:
@@ -192,9 +190,9 @@ class E2b:
 
     async def _inside(self, request: Request) -> tuple[str, Caller]:
         """The sandbox that a call is for, and who calls."""
-        caller = self._server.access.caller(request.headers.get("x-access-token"))
+        caller = self._gate.access.caller(request.headers.get("x-access-token"))
         sandbox = request.headers.get("e2b-sandbox-id", "")
-        await self._server.allowed(caller, sandbox)
+        await self._gate.allowed(caller, sandbox)
         return sandbox, caller
 
     def _unary(self, work: Callable[[str, JSON], Awaitable[JSON]]) -> Callable[[Request], Awaitable[Response]]:

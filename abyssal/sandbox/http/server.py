@@ -18,11 +18,12 @@ from starlette.routing import Route as HttpRoute
 
 from abyssal.sandbox import plain
 from abyssal.sandbox.edge import Edge
-from abyssal.sandbox.errors import BadRequest, NotFound, QuotaExceeded, SandboxError
+from abyssal.sandbox.errors import BadRequest, NotFound, SandboxError
 from abyssal.sandbox.http import routes
 from abyssal.sandbox.http.access import Access, Caller, Project, Unauthorised
 from abyssal.sandbox.http.bodies import body, body_json, check, exec_request
 from abyssal.sandbox.http.e2b import E2b
+from abyssal.sandbox.http.gate import Gate
 from abyssal.sandbox.http.metrics import Metrics
 from abyssal.sandbox.http.routes import ROUTES, Route
 from abyssal.sandbox.http.terminal import terminal
@@ -44,7 +45,7 @@ class SandboxServer:
 
     def __init__(self, edge: Edge, projects: Sequence[Project] = ()):
         self.edge = edge
-        self.access = Access(projects, edge.token_key)
+        self.gate = Gate(edge, Access(projects, edge.token_key))
         self.metrics = Metrics(edge)
 
     def app(self) -> Starlette:
@@ -76,39 +77,19 @@ class SandboxServer:
         table += [
             HttpRoute("/health", self._health, methods=["GET"]),
             HttpRoute("/metrics", self._guarded(self._metrics), methods=["GET"]),
-            WebSocketRoute(f"{_OWN}/tty", lambda socket: terminal(self, socket)),
-            *E2b(self).routes(),
+            WebSocketRoute(f"{_OWN}/tty", lambda socket: terminal(self.gate, socket)),
+            *E2b(self.gate).routes(),
         ]
         return Starlette(routes=table)
 
-    # who calls
-
-    def caller(self, headers: Mapping[str, str]) -> Caller:
-        """Who calls, by his headers.
-
-        Raises:
-            Unauthorised: nobody we know.
-        """
-        scheme, _, token = headers.get("authorization", "").partition(" ")
-        return self.access.caller(token.strip() if scheme.lower() == "bearer" else None)
-
-    async def allowed(self, caller: Caller, sandbox: str) -> Mapping[str, Any]:
-        """What is known of a sandbox, if the caller may have to do with it; another's looks as if it did not exist.
-
-        Raises:
-            NotFound: no such sandbox of the caller's.
-        """
-        info = await self.edge.info(sandbox)
-        if caller.sandbox not in (None, sandbox) or (not self.access.open and info["actor"] != caller.actor):
-            raise NotFound(f"no sandbox {sandbox} on edge {self.edge.id}")
-        return info
+    # handlers
 
     def _guarded(self, handler: Handler) -> Callable[[Request], Awaitable[Response]]:
         async def guarded(request: Request) -> Response:
             try:
-                caller = self.caller(request.headers)
+                caller = self.gate.caller(request.headers)
                 if "sandbox" in request.path_params:
-                    await self.allowed(caller, request.path_params["sandbox"])
+                    await self.gate.allowed(caller, request.path_params["sandbox"])
                 elif caller.sandbox is not None:
                     raise Unauthorised("the token of one sandbox is good for that sandbox alone")
                 return await handler(request, caller)
@@ -121,8 +102,6 @@ class SandboxServer:
                 return Response(status_code=499)
 
         return guarded
-
-    # handlers
 
     async def _health(self, request: Request) -> Response:
         return JSONResponse({"edge": self.edge.id, "pid": os.getpid()})
@@ -140,25 +119,15 @@ class SandboxServer:
             wire.texts(value.get("secrets", {}), "secrets"),
         )  # fmt: skip
         if wanted.snapshot is not None:
-            await self.allowed(caller, str(wanted.snapshot).partition("/")[0])
-        await self.check_quota(caller)
+            await self.gate.allowed(caller, str(wanted.snapshot).partition("/")[0])
+        await self.gate.check_quota(caller)
         info = await self.edge.create(wanted, routes.asked_of(request.headers, caller.actor))
-        await self.allowed(caller, info["id"])  # a name that is another's
-        return JSONResponse({**info, "token": self.access.sandbox_token(info["id"], caller.actor)}, 201)
-
-    async def check_quota(self, caller: Caller) -> None:
-        """Insist on room in the caller's quota.
-
-        Raises:
-            QuotaExceeded: there is none.
-        """
-        mine = [info for info in await self.edge.list({}) if info["actor"] == caller.actor]
-        if caller.sandboxes is not None and len(mine) >= caller.sandboxes:
-            raise QuotaExceeded(f"project {caller.actor} has the {caller.sandboxes} sandboxes that it may have")
+        await self.gate.allowed(caller, info["id"])  # a name that is another's
+        return JSONResponse({**info, "token": self.gate.access.sandbox_token(info["id"], caller.actor)}, 201)
 
     async def _list(self, request: Request, caller: Caller) -> Response:
         found = await self.edge.list(dict(request.query_params))
-        return JSONResponse([info for info in found if self.access.open or info["actor"] == caller.actor])
+        return JSONResponse([info for info in found if self.gate.mine(caller, info)])
 
     async def _info(self, request: Request, caller: Caller) -> Response:
         return JSONResponse(await self.edge.info(request.path_params["sandbox"]))
@@ -293,10 +262,10 @@ class SandboxServer:
         """`{"sandbox", "mode": "view" | "rerun" | "branch", "seq", "normalisers"}`."""
         value = await body_json(request)
         sandbox, mode = str(value.get("sandbox")), value.get("mode", "view")
-        await self.allowed(caller, sandbox)
+        await self.gate.allowed(caller, sandbox)
         if mode == "view":
             return JSONResponse({"rows": list(await view(self.edge, sandbox))})
-        await self.check_quota(caller)
+        await self.gate.check_quota(caller)
         if mode == "rerun":
             normalisers = value.get("normalisers", [])
             found = await rerun(self.edge, sandbox, normalisers=normalisers, actor=caller.actor)
@@ -312,7 +281,7 @@ class SandboxServer:
         label, action = request.path_params["label"], request.path_params["action"]
         name, found, value = label.partition("=")
         name, value = (name, value) if found else ("job", label)
-        only = None if self.access.open else caller.actor
+        only = None if self.gate.access.open else caller.actor
         return JSONResponse({"sandboxes": list(await self.edge.group(name, value, action, caller.actor, only))})
 
 
