@@ -102,7 +102,7 @@ def doctor(home: Home = None, allow_unsafe: Unsafe = False, json_out: Json = Fal
     from abyssal.sandbox.engines.registry import installed
     from abyssal.sandbox.http.daemon import edge_home
     from abyssal.sandbox.placement import Placement
-    from abyssal.sandbox.plain import plain
+    from abyssal.sandbox.shapes import plain
 
     folder = edge_home(home)
     folder.mkdir(parents=True, exist_ok=True)
@@ -170,7 +170,7 @@ def serve(
     from abyssal.sandbox.http.daemon import edge_home
     from abyssal.sandbox.http.run import serve as serve_edge
     from abyssal.sandbox.http.run import unix_socket
-    from abyssal.sandbox.plain import size
+    from abyssal.sandbox.shapes import size
 
     projects = _projects(project or [], projects_file)
     if not _loopback(host) and not projects and socket_path is None:

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from abyssal.base.files import write_bytes
-from abyssal.sandbox import held, wire
+from abyssal.sandbox import held, shapes
 from abyssal.sandbox.admission import Admission, Capacity
 from abyssal.sandbox.api import Box, Engine, Network, ProcessEvent, Spec
 from abyssal.sandbox.errors import (
@@ -186,9 +186,9 @@ class Edge:
     # creation
 
     async def create(self, wanted: Wanted, asked: Asked) -> JSON:
-        wanted = replace(wanted, spec=_quiet(wire.spec(wire.plain(wanted.spec))))
+        wanted = replace(wanted, spec=_quiet(shapes.spec(shapes.plain(wanted.spec))))
         self._permit(wanted.spec.network)
-        digest = sha256(canonical({"spec": wire.plain(wanted.spec), "snapshot": wanted.snapshot}))
+        digest = sha256(canonical({"spec": shapes.plain(wanted.spec), "snapshot": wanted.snapshot}))
         known = self._created.get(asked.op_id) if asked.op_id is not None else None
         if known is not None:
             if known[0] != digest:
@@ -245,7 +245,7 @@ class Edge:
         log = await asyncio.to_thread(Log, folder / "log", sheet.id)
         await log.append(
             "create", actor=asked.actor, rollout=asked.rollout, parent=sheet.parent,
-            req={"spec": wire.plain(sheet.spec), "engine": sheet.engine},
+            req={"spec": shapes.plain(sheet.spec), "engine": sheet.engine},
         )  # fmt: skip
         return log
 
@@ -256,7 +256,7 @@ class Edge:
         return await engine.restore(sheet.id, sheet.spec, folder / "box", self._boxes / source / "snapshots" / name)
 
     async def _finish(self, sheet: Sheet, folder: Path, engine: Engine, box: Box, log: Log) -> Live:
-        placed = wire.plain(box.placed)
+        placed = shapes.plain(box.placed)
         log.incarnation += 1
         if sheet.parent is not None and "snapshot" in sheet.parent:
             log.add("restore", res={"snapshot": sheet.parent["snapshot"]})
@@ -375,14 +375,14 @@ class Edge:
                 {
                     "name": engine.name, "substrates": list(engine.substrates), "features": sorted(engine.features),
                     "ok": found.ok, "detail": found.detail, "remedy": found.remedy,
-                    "placed": None if found.placed is None else wire.plain(found.placed),
+                    "placed": None if found.placed is None else shapes.plain(found.placed),
                 }
             )  # fmt: skip
         room = self.admission
         return {
             "edge": self.id,
             "engines": engines,
-            "capacity": wire.plain(room.capacity),
+            "capacity": shapes.plain(room.capacity),
             "used": {"memory": room.memory, "sandboxes": room.sandboxes, "waiting": room.waiting},
         }
 
@@ -454,10 +454,10 @@ class Edge:
             found = await asyncio.to_thread(read_log, self.log_folder(sandbox))
             found.check(self._gone[sandbox].head)
             for record in found.records[from_seq:]:
-                yield wire.plain(record)
+                yield shapes.plain(record)
             return
         async for record in self._find(sandbox).recorded.log.read(from_seq, follow=follow):
-            yield wire.plain(record)
+            yield shapes.plain(record)
 
     def log_folder(self, sandbox: str) -> Path:
         """Where a sandbox's log lies.

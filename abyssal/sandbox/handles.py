@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from abyssal.sandbox import plain
+from abyssal.sandbox import shapes
 from abyssal.sandbox.api import Boundary, ProcessEvent, Stat, Usage, shell
 from abyssal.sandbox.errors import LimitHit, NotFound
 from abyssal.sandbox.operation import Asked
@@ -60,7 +60,7 @@ def result(answer: Answer, boundary: Boundary) -> Result:
     Raises:
         LimitHit: a limit of the sandbox ended it.
     """
-    ended = wire.exit_of(answer.res)
+    ended = shapes.exit_of(answer.res)
     if ended.limit is not None:
         limit: Any = ended.limit
         raise LimitHit(limit, f"the {limit} limit of the sandbox ended operation {answer.op_id}")
@@ -179,12 +179,12 @@ class SandboxFiles:
 
     async def stat(self, path: str) -> Stat:
         """Facts of a file, a link itself and not what it leads to."""
-        return wire.stat((await self._owner.call({"op": "file.stat", "path": path})).res["value"])
+        return shapes.stat((await self._owner.call({"op": "file.stat", "path": path})).res["value"])
 
     async def list(self, path: str = ".") -> Sequence[Stat]:
         """What a folder holds, sorted by name."""
         answer = await self._owner.call({"op": "file.list", "path": path})
-        return [wire.stat(entry) for entry in answer.res["value"]]
+        return [shapes.stat(entry) for entry in answer.res["value"]]
 
     async def make_folder(self, path: str) -> None:
         """A folder, and those above it."""

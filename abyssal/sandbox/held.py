@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from abyssal.base.files import write_json
-from abyssal.sandbox import plain
+from abyssal.sandbox import shapes
 from abyssal.sandbox.api import Placed, Spec
 from abyssal.sandbox.errors import LogError
 
@@ -80,8 +80,8 @@ def read(folder: Path) -> Sheet:
     """
     try:
         value = json.loads((folder / FILE).read_bytes())
-        placed = None if value["placed"] is None else wire.placed(value["placed"])
-        return Sheet(**{**value, "spec": wire.spec(value["spec"]), "placed": placed})
+        placed = None if value["placed"] is None else shapes.placed(value["placed"])
+        return Sheet(**{**value, "spec": shapes.spec(value["spec"]), "placed": placed})
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise LogError(f"{folder / FILE} cannot be read ({error}): its sandbox is not known any more") from None
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self
 
-from abyssal.sandbox import plain
+from abyssal.sandbox import shapes
 from abyssal.sandbox.api import (
     Boundary,
     Limits,
@@ -138,7 +138,7 @@ class Sandboxes:
             QuotaExceeded: the job has all it may have.
             ImageError: the image or snapshot is missing or damaged.
         """
-        given = limits if isinstance(limits, Limits) else wire.limits(limits or {})
+        given = limits if isinstance(limits, Limits) else shapes.limits(limits or {})
         spec = Spec(
             substrate, image=image, limits=given, network=network or Network(), require=require or Require(),
             env=dict(env or {}), cwd=cwd, user=user, labels=dict(labels or {}), ttl=ttl, idle_ttl=idle_ttl,
@@ -207,7 +207,7 @@ class Sandbox:
     def __init__(self, hub: Sandboxes, info: Mapping[str, Any], stream: str | None, on_divergence: OnDivergence):
         self._hub = hub
         self.id: str = info["id"]
-        self.placed: Placed | None = None if info["placed"] is None else wire.placed(info["placed"])
+        self.placed: Placed | None = None if info["placed"] is None else shapes.placed(info["placed"])
         self.stream_name, self._on_divergence = stream, on_divergence
         self.rollout: Mapping[str, Any] | None = None
         self.files = SandboxFiles(self)
@@ -368,7 +368,7 @@ class Sandbox:
 
     async def set_network(self, network: Network) -> None:
         """Another policy, as a whole."""
-        await self.call({"op": "network", "network": wire.plain(network)})
+        await self.call({"op": "network", "network": shapes.plain(network)})
 
     async def set_ttl(self, seconds: float) -> None:
         """It ends this many seconds from now."""

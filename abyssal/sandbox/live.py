@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from abyssal.base.files import write_bytes
-from abyssal.sandbox import plain
+from abyssal.sandbox import shapes
 from abyssal.sandbox.api import Box, Engine, Network
 from abyssal.sandbox.errors import BadRequest
 from abyssal.sandbox.held import Sheet
@@ -122,15 +122,15 @@ class Live:
         return {"state": "done", "children": children}
 
     async def _network(self, operation: Operation) -> Mapping[str, Any]:
-        network = wire.network(operation.req["network"])
+        network = shapes.network(operation.req["network"])
         self._permit(network)
         await self.box.set_network(network)
-        self.recorded.log.add("net.policy", op_id=operation.op_id, res=wire.plain(network))
+        self.recorded.log.add("net.policy", op_id=operation.op_id, res=shapes.plain(network))
         await self.change(spec=replace(self.sheet.spec, network=network))
         return {"state": "done"}
 
     async def _ttl(self, operation: Operation) -> Mapping[str, Any]:
-        seconds = wire.seconds(operation.req["ttl"], "ttl")
+        seconds = shapes.seconds(operation.req["ttl"], "ttl")
         await self.change(deadline=time.time() + seconds)
         self.recorded.log.add("ttl", op_id=operation.op_id, res={"ttl": seconds})
         return {"state": "done"}

@@ -10,7 +10,7 @@ from typing import Any
 from abyssal.sandbox.api import Process, ProcessEvent, Stderr, Stdout
 from abyssal.sandbox.log.blobs import Blobs, Kept
 from abyssal.sandbox.log.output import Budget, Output
-from abyssal.sandbox.plain import error_of, exit_of
+from abyssal.sandbox.shapes import error_of, exit_of
 
 # bytes a second that a command may write once its output is only counted
 THROTTLE = 16 << 20

@@ -16,7 +16,7 @@ from abyssal.sandbox.log.output import Budget, Output
 from abyssal.sandbox.log.records import sha256
 from abyssal.sandbox.log.writer import DISK, Log
 from abyssal.sandbox.operation import THROTTLE, Operation
-from abyssal.sandbox.plain import plain
+from abyssal.sandbox.shapes import plain
 
 # they change nothing, so they need no intent: one record with what was found
 READS = frozenset({"file.read", "file.list", "file.stat", "file.download"})

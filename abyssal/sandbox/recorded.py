@@ -33,7 +33,7 @@ from abyssal.sandbox.log.records import Record, canonical, sha256
 from abyssal.sandbox.log.writer import DISK, Log
 from abyssal.sandbox.operation import Asked, Operation
 from abyssal.sandbox.perform import READS, Performer
-from abyssal.sandbox.plain import error_json
+from abyssal.sandbox.shapes import error_json
 
 logger = logging.getLogger("abyssal.sandbox")
 Extra = Callable[[Operation], Awaitable[Mapping[str, Any]]]

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from abyssal.sandbox import plain
+from abyssal.sandbox import shapes
 from abyssal.sandbox.api import Spec
 from abyssal.sandbox.errors import NotFound, SandboxError, SandboxLost
 from abyssal.sandbox.log.reader import operations
@@ -159,12 +159,12 @@ async def _records(service: Service, sandbox: str) -> Sequence[Record]:
 
 
 def _spec(records: Sequence[Record]) -> Spec:
-    return wire.spec(records[0].req["spec"])
+    return shapes.spec(records[0].req["spec"])
 
 
 async def _fresh(service: Service, records: Sequence[Record], ttl: float, actor: str) -> str:
     """A sandbox that stands where this one began."""
-    spec, parent = wire.spec({**records[0].req["spec"], "ttl": ttl}), records[0].parent
+    spec, parent = shapes.spec({**records[0].req["spec"], "ttl": ttl}), records[0].parent
     if parent is not None and "snapshot" not in parent:  # a fork
         return await branch(service, parent["sandbox"], parent["seq"] + 1, actor=actor)
     snapshot = None if parent is None else parent["snapshot"]
@@ -200,7 +200,7 @@ async def _compare(
         answer: Answer | None = await service.call(child, req, asked, data)
         failure = None
     except SandboxError as error:
-        answer, failure = None, wire.error_json(error)
+        answer, failure = None, shapes.error_json(error)
     if old["state"] == "unknown":
         return row("not comparable", "its outcome was never learnt")
     if old.get("declared"):

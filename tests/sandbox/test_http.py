@@ -28,7 +28,7 @@ from abyssal.sandbox.http.client import HttpService
 from abyssal.sandbox.http.routes import STATUS
 from abyssal.sandbox.hub import Sandboxes
 from abyssal.sandbox.replay import rerun
-from abyssal.sandbox.plain import error_json, error_of
+from abyssal.sandbox.shapes import error_json, error_of
 from tests.sandbox.serving import Served
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from starlette.requests import Request
 
-from abyssal.sandbox import plain
+from abyssal.sandbox import shapes
 from abyssal.sandbox.errors import BadRequest, LimitHit
 from abyssal.sandbox.http import routes
 
@@ -69,9 +69,9 @@ def exec_request(value: Mapping[str, Any]) -> tuple[dict[str, Any], bytes | None
                 raise BadRequest(f"{name} {value[name]!r} is no text")
             req[name] = value[name]
     if value.get("env"):
-        req["env"] = dict(wire.texts(value["env"], "env"))
+        req["env"] = dict(shapes.texts(value["env"], "env"))
     if value.get("timeout") is not None:
-        req["timeout"] = wire.seconds(value["timeout"], "timeout")
+        req["timeout"] = shapes.seconds(value["timeout"], "timeout")
     tty = value.get("tty")
     if tty is not None:
         if not (isinstance(tty, list) and len(tty) == 2 and all(isinstance(n, int) and 0 < n < 65536 for n in tty)):

@@ -15,7 +15,7 @@ from urllib.parse import quote
 
 import httpx2
 
-from abyssal.sandbox import plain
+from abyssal.sandbox import shapes
 from abyssal.sandbox.api import ProcessEvent
 from abyssal.sandbox.errors import BadRequest, SandboxError, Timeout
 from abyssal.sandbox.http import routes
@@ -91,7 +91,7 @@ class HttpService:
 
     async def create(self, wanted: Wanted, asked: Asked) -> JSON:
         return await self._json(
-            "POST", "/v1/sandboxes", json=wire.plain(wanted), headers=routes.asked_headers(_named(asked))
+            "POST", "/v1/sandboxes", json=shapes.plain(wanted), headers=routes.asked_headers(_named(asked))
         )
 
     async def list(self, labels: Mapping[str, str]) -> Sequence[JSON]:
@@ -157,7 +157,7 @@ class HttpService:
                         until = time.monotonic() + self._reconnect
                         stdout, stderr = (int(number) for number in place.split(","))
                         if name == "error":
-                            raise wire.error_of(value)
+                            raise shapes.error_of(value)
                         yield routes.event_of(name, value)
                         if name == "exit":
                             return
@@ -218,7 +218,7 @@ def _exec_body(req: JSON, data: bytes | None) -> dict[str, Any]:
 
 def _error(status: int, content: bytes) -> SandboxError:
     try:
-        return wire.error_of(json.loads(content)["error"])
+        return shapes.error_of(json.loads(content)["error"])
     except (ValueError, KeyError, TypeError):
         return SandboxError(f"the server answered {status}: {content[:200].decode(errors='replace')}")
 

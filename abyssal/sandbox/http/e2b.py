@@ -23,7 +23,7 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import BaseRoute
 from starlette.routing import Route as HttpRoute
 
-from abyssal.sandbox import errors, wire
+from abyssal.sandbox import errors, shapes
 from abyssal.sandbox.api import Exit, Network, ProcessEvent, Spec, Stdout
 from abyssal.sandbox.errors import BadRequest, NotFound, SandboxError
 from abyssal.sandbox.held import rfc3339
@@ -123,9 +123,9 @@ class E2b:
         network = Network("open") if value.get("allow_internet_access") is True else Network()
         spec = Spec(
             "container", image=TEMPLATES.get(template, template), network=network,
-            env=wire.texts(value.get("envVars") or {}, "envVars"),
-            labels=wire.texts(value.get("metadata") or {}, "metadata"),
-            ttl=wire.seconds(value.get("timeout", TTL), "timeout"),
+            env=shapes.texts(value.get("envVars") or {}, "envVars"),
+            labels=shapes.texts(value.get("metadata") or {}, "metadata"),
+            ttl=shapes.seconds(value.get("timeout", TTL), "timeout"),
         )  # fmt: skip
         await self._gate.check_quota(caller)
         asked = Asked(op_id=request.headers.get("idempotency-key"), actor=caller.actor)
@@ -168,7 +168,7 @@ class E2b:
         return Response(status_code=204)
 
     async def _timeout(self, request: Request, caller: Caller) -> Response:
-        seconds = wire.seconds((await body_json(request)).get("timeout"), "timeout")
+        seconds = shapes.seconds((await body_json(request)).get("timeout"), "timeout")
         await self._edge.call(request.path_params["id"], {"op": "ttl", "ttl": seconds}, Asked(actor=caller.actor))
         return Response(status_code=204)
 
@@ -182,7 +182,7 @@ class E2b:
         if info["status"] == "paused":
             await self._edge.call(sandbox, {"op": "resume"}, Asked(actor=caller.actor))
         if "timeout" in value:
-            ttl = wire.seconds(value["timeout"], "timeout")
+            ttl = shapes.seconds(value["timeout"], "timeout")
             await self._edge.call(sandbox, {"op": "ttl", "ttl": ttl}, Asked(actor=caller.actor))
         return JSONResponse(self._sandbox(await self._edge.info(sandbox), caller))
 

@@ -14,7 +14,7 @@ from abyssal.sandbox.errors import BadRequest, SandboxError
 from abyssal.sandbox.log.blobs import Kept
 from abyssal.sandbox.operation import Asked
 from abyssal.sandbox.service import Answer
-from abyssal.sandbox.plain import error_json
+from abyssal.sandbox.shapes import error_json
 
 JSON = Mapping[str, Any]
 KEY, STREAM, ORDINAL, ROLLOUT = "idempotency-key", "x-sandbox-stream", "x-sandbox-ordinal", "x-sandbox-rollout"
@@ -164,7 +164,7 @@ def answer_of(value: JSON, digests: bool = True) -> Answer:
 def event_json(event: ProcessEvent) -> tuple[str, dict[str, Any]]:
     """The name and the JSON of an event of a command."""
     if isinstance(event, Exit):
-        from abyssal.sandbox.plain import plain
+        from abyssal.sandbox.shapes import plain
 
         return "exit", plain(event)
     name = "stdout" if isinstance(event, Stdout) else "stderr"

@@ -16,7 +16,7 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import BaseRoute, WebSocketRoute
 from starlette.routing import Route as HttpRoute
 
-from abyssal.sandbox import plain
+from abyssal.sandbox import shapes
 from abyssal.sandbox.edge import Edge
 from abyssal.sandbox.errors import BadRequest, NotFound, SandboxError
 from abyssal.sandbox.http import routes
@@ -115,8 +115,8 @@ class SandboxServer:
     async def _create(self, request: Request, caller: Caller) -> Response:
         value = await body_json(request)
         wanted = Wanted(
-            wire.spec(value.get("spec", {})), value.get("engine"), value.get("snapshot"),
-            wire.texts(value.get("secrets", {}), "secrets"),
+            shapes.spec(value.get("spec", {})), value.get("engine"), value.get("snapshot"),
+            shapes.texts(value.get("secrets", {}), "secrets"),
         )  # fmt: skip
         if wanted.snapshot is not None:
             await self.gate.allowed(caller, str(wanted.snapshot).partition("/")[0])
@@ -144,7 +144,7 @@ class SandboxServer:
         try:
             begun = await self.edge.begin(sandbox, req, asked, data)
             if mode == "detach":
-                return JSONResponse(wire.plain(begun), 202)
+                return JSONResponse(shapes.plain(begun), 202)
             if mode == "stream":
                 return self._event_stream(sandbox, begun.op_id, 0, 0, begun)
             answer = await self.edge.result(sandbox, begun)
@@ -219,7 +219,7 @@ class SandboxServer:
         async def pieces() -> AsyncIterator[bytes]:
             at = {"stdout": stdout, "stderr": stderr}
             if begun is not None:
-                yield _sse("begun", wire.plain(begun), at)
+                yield _sse("begun", shapes.plain(begun), at)
             try:
                 async for event in events:
                     name, value = routes.event_json(event)
