@@ -1,0 +1,1 @@
+"""Virtual machines by QEMU: guest kernel, disks, machine, monitor, memory snapshots."""
