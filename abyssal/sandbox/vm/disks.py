@@ -77,7 +77,9 @@ def bootable(path: Path, kernel: Path, initramfs: Path, command_line: str, root:
         )
         with fat.open("wb") as file:
             file.truncate(boot)
-        _run(["mformat", "-i", str(fat), "-T", str(boot // _SECTOR), "-h", "64", "-s", "32", "-H", str(begin // _SECTOR)])
+        _run(
+            ["mformat", "-i", str(fat), "-T", str(boot // _SECTOR), "-h", "64", "-s", "32", "-H", str(begin // _SECTOR)]
+        )
         for source, target in ((kernel, "vmlinuz"), (initramfs, "initrd"), (config, "syslinux.cfg")):
             _run(["mcopy", "-i", str(fat), str(source), f"::{target}"])
         _run(["syslinux", "--install", str(fat)])
@@ -102,7 +104,9 @@ def _boot_sector(begin: int, sizes: Sequence[int]) -> bytes:
     table, at = b"", begin
     for index, size in enumerate(sizes):
         active, kind = (0x80, 0x0C) if index == 0 else (0, 0x83)
-        table += struct.pack("<B3sB3sII", active, b"\xfe\xff\xff", kind, b"\xfe\xff\xff", at // _SECTOR, size // _SECTOR)
+        table += struct.pack(
+            "<B3sB3sII", active, b"\xfe\xff\xff", kind, b"\xfe\xff\xff", at // _SECTOR, size // _SECTOR
+        )
         at += size
     return code[:440].ljust(446, b"\0") + table.ljust(64, b"\0") + b"\x55\xaa"
 

@@ -1,0 +1,155 @@
+"""The memory of a guest: kept as two files, and shared by all that start from it (sandbox.md 3).
+
+A snapshot is a state (devices and processors, some tens of KiB) and the memory itself. QEMU writes the state alone
+where a guest's memory is a shared file (`x-ignore-shared`); the memory is then copied without its holes into an
+anonymous file that is sealed against writing. Children map that one privately: what they never change exists once.
+A child's own changes are in no file, so that a snapshot of a child takes a detour: all of it is streamed into a
+machine with shared memory, which is never started, and that one is saved.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from abyssal.sandbox.vm.disks import copy_sparse
+from abyssal.sandbox.vm.machine import Machine
+from abyssal.sandbox.vm.qemu import Hardware
+
+_SEALS = fcntl.F_SEAL_WRITE | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_SEAL
+
+
+def anonymous(name: str, size: int = 0) -> int:
+    """A file in memory that has no name, open for reading and writing; QEMU's user may use it too."""
+    fd = os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    os.fchmod(fd, 0o666)
+    os.ftruncate(fd, size)
+    return fd
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A guest's memory; close it when no child is to start any more. Children that run keep what they need.
+
+    Attributes:
+        ram, state: sealed anonymous files.
+    """
+
+    ram: int
+    state: int
+
+    def close(self) -> None:
+        os.close(self.ram)
+        os.close(self.state)
+
+    def keep(self, folder: Path) -> None:
+        """Write it into a folder, as "ram" and "state"."""
+        for name, fd in (("ram", self.ram), ("state", self.state)):
+            with (folder / name).open("wb") as file:
+                copy_sparse(fd, file.fileno())
+
+    @classmethod
+    def load(cls, folder: Path) -> Saved:
+        """What `keep` wrote."""
+        fds = []
+        for name in ("ram", "state"):
+            fds.append(anonymous(name))
+            with (folder / name).open("rb") as file:
+                copy_sparse(file.fileno(), fds[-1])
+            fcntl.fcntl(fds[-1], fcntl.F_ADD_SEALS, _SEALS)
+        return cls(*fds)
+
+
+async def save(machine: Machine) -> Saved:
+    """The memory of a machine that stands still; it can go on afterwards.
+
+    Raises:
+        QmpError: QEMU refused.
+    """
+    state = anonymous("state")
+    await _send(machine, state)
+    if machine.shared:
+        ram = anonymous("ram")
+        copy_sparse(machine.memory, ram)
+    else:
+        ram, state = await _shared(machine, state)
+    for fd in (ram, state):
+        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _SEALS)
+    return Saved(ram, state)
+
+
+async def load(machine: Machine, state: int) -> None:
+    """Give a machine that waits for it a saved state; it stands still afterwards."""
+    await _ignore_shared(machine, True)
+    await _hand_over(machine, state)
+    await machine.monitor.run("migrate-incoming", uri="fd:state")
+    await machine.monitor.migrated()
+
+
+async def _shared(machine: Machine, stream: int) -> tuple[int, int]:
+    """Memory and state apart, of a stream that has both; closes the stream."""
+    ram = anonymous("ram", machine.hardware.memory)
+    ferry = await Machine.start("ferry", machine.hardware, os.dup(ram), machine.scratch, shared=True, incoming=True)
+    try:
+        await _hand_over(ferry, stream)
+        await ferry.monitor.run("migrate-incoming", uri="fd:state")
+        await ferry.monitor.migrated()
+        state = anonymous("state")
+        await _send(ferry, state)
+    finally:
+        os.close(stream)
+        await ferry.end()
+    return ram, state
+
+
+async def _send(machine: Machine, state: int) -> None:
+    await _ignore_shared(machine, machine.shared)
+    # it stands still: as fast as it goes
+    await machine.monitor.run("migrate-set-parameters", max_bandwidth=1 << 40)
+    await _hand_over(machine, state)
+    await machine.monitor.run("migrate", uri="fd:state")
+    await machine.monitor.migrated()
+
+
+async def _hand_over(machine: Machine, fd: int) -> None:
+    """QEMU gets a descriptor with a position of its own, at the beginning."""
+    again = os.open(f"/proc/self/fd/{fd}", os.O_RDWR if _writable(fd) else os.O_RDONLY)
+    try:
+        await machine.monitor.run("getfd", fds=(again,), fdname="state")
+    finally:
+        os.close(again)
+
+
+def _writable(fd: int) -> bool:
+    with contextlib.suppress(OSError):
+        return not fcntl.fcntl(fd, fcntl.F_GET_SEALS) & fcntl.F_SEAL_WRITE
+    return True
+
+
+async def _ignore_shared(machine: Machine, on: bool) -> None:
+    capabilities = [{"capability": "x-ignore-shared", "state": on}]
+    await machine.monitor.run("migrate-set-capabilities", capabilities=capabilities)
+
+
+async def restored(
+    box_id: str,
+    hardware: Hardware,
+    saved: Saved,
+    scratch: Path,
+    *,
+    admit=lambda _pid: None,  # noqa: ANN001
+) -> Machine:
+    """A machine that goes on where a saved one stood, with a disk that was copied at the same time."""
+    machine = await Machine.start(
+        box_id, hardware, os.dup(saved.ram), scratch, shared=False, incoming=True, admit=admit
+    )
+    try:
+        await load(machine, saved.state)
+        await machine.go()
+    except BaseException:
+        await machine.end()
+        raise
+    return machine
