@@ -12,6 +12,7 @@ import zlib
 from collections.abc import Sequence
 
 from abyssal.sandbox.errors import Unsupported
+from abyssal.sandbox.vm.accel import DEVICE, usable_group
 
 _FIRST_USER = 1_800_000_000  # above all that accounts and containers of common hosts use
 _USERS = 1 << 24
@@ -23,9 +24,13 @@ def user_of(box_id: str) -> int:
     return _FIRST_USER + zlib.crc32(box_id.encode()) % _USERS
 
 
-def confined(box_id: str, command: Sequence[str]) -> list[str]:
+def confined(box_id: str, command: Sequence[str], *, kvm: bool = False) -> list[str]:
     """The command within its bounds. It waits for a line on its standard input, so that limits are set before.
 
+    Args:
+        box_id: whose it is.
+        command: of QEMU.
+        kvm: whether it needs /dev/kvm.
     Raises:
         Unsupported: bubblewrap is missing.
     """
@@ -34,9 +39,11 @@ def confined(box_id: str, command: Sequence[str]) -> list[str]:
     words = ["/bin/sh", "-c", 'read -r _; exec "$@" < /dev/null', "sh"]
     if os.geteuid() == 0:
         user = str(user_of(box_id))
-        words += ["setpriv", "--reuid", user, "--regid", user, "--clear-groups", "--no-new-privs"]
+        words += ["setpriv", "--reuid", user, "--regid", user, "--no-new-privs"]
+        words += [f"--groups={usable_group()}"] if kvm else ["--clear-groups"]
     words += ["bwrap", "--unshare-all", "--die-with-parent", "--new-session", "--cap-drop", "ALL"]
     words += ["--ro-bind", "/usr", "/usr", "--proc", "/proc", "--dev", "/dev", "--tmpfs", "/tmp"]
+    words += ["--dev-bind", str(DEVICE), str(DEVICE)] if kvm else []
     for name in _SHOWN:
         if os.path.islink(f"/{name}"):
             words += ["--symlink", os.readlink(f"/{name}"), f"/{name}"]

@@ -19,6 +19,7 @@ from abyssal.sandbox.errors import ImageError
 
 MIB = 1 << 20
 _SECTOR = 512
+_FAR = b"\xfe\xff\xff"  # says that only the sector numbers count, not heads and cylinders
 _BOOT_FROM = MIB  # where partitions begin by custom
 
 
@@ -72,9 +73,8 @@ def bootable(path: Path, kernel: Path, initramfs: Path, command_line: str, root:
     with tempfile.TemporaryDirectory(dir=path.parent) as name:
         folder = Path(name)
         fat, raw, config = folder / "fat", folder / "raw", folder / "syslinux.cfg"
-        config.write_text(
-            f"DEFAULT abyssal\nPROMPT 0\nTIMEOUT 0\nLABEL abyssal\n LINUX vmlinuz\n INITRD initrd\n APPEND {command_line}\n"
-        )
+        entry = f"LABEL abyssal\n LINUX vmlinuz\n INITRD initrd\n APPEND {command_line}\n"
+        config.write_text(f"DEFAULT abyssal\nPROMPT 0\nTIMEOUT 0\n{entry}")
         with fat.open("wb") as file:
             file.truncate(boot)
         _run(

@@ -79,7 +79,8 @@ class Machine:
             wires = _wires(stack, theirs, hardware, memory, scratch)
             if os.geteuid() == 0:
                 os.chown(scratch, confine.user_of(box_id), -1)
-            command = confine.confined(box_id, qemu.argv(hardware, wires, shared=shared, incoming=incoming))
+            line = qemu.argv(hardware, wires, shared=shared, incoming=incoming)
+            command = confine.confined(box_id, line, kvm=hardware.accel == "kvm")
             self._process = await asyncio.create_subprocess_exec(
                 *command,
                 pass_fds=wires.all,

@@ -11,7 +11,9 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import hashlib
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -50,6 +52,17 @@ class Saved:
         for name, fd in (("ram", self.ram), ("state", self.state)):
             with (folder / name).open("wb") as file:
                 copy_sparse(fd, file.fileno())
+
+    @property
+    def digest(self) -> str:
+        """Of both files."""
+        digest = hashlib.sha256()
+        for fd in (self.ram, self.state):
+            at = 0
+            while data := os.pread(fd, 1 << 22, at):
+                digest.update(data)
+                at += len(data)
+        return digest.hexdigest()
 
     @classmethod
     def load(cls, folder: Path) -> Saved:
@@ -135,17 +148,11 @@ async def _ignore_shared(machine: Machine, on: bool) -> None:
 
 
 async def restored(
-    box_id: str,
-    hardware: Hardware,
-    saved: Saved,
-    scratch: Path,
-    *,
-    admit=lambda _pid: None,  # noqa: ANN001
+    box_id: str, hardware: Hardware, saved: Saved, scratch: Path, admit: Callable[[int], None]
 ) -> Machine:
     """A machine that goes on where a saved one stood, with a disk that was copied at the same time."""
-    machine = await Machine.start(
-        box_id, hardware, os.dup(saved.ram), scratch, shared=False, incoming=True, admit=admit
-    )
+    ram = os.dup(saved.ram)
+    machine = await Machine.start(box_id, hardware, ram, scratch, shared=False, incoming=True, admit=admit)
     try:
         await load(machine, saved.state)
         await machine.go()

@@ -6,16 +6,17 @@ somebody else could open. Two machines whose `Hardware` is equal can load each o
 
 from __future__ import annotations
 
+import subprocess
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Literal
 
 from abyssal.sandbox.api import Accel
+from abyssal.sandbox.errors import Unsupported
 
 PROGRAM = "qemu-system-x86_64"
 PORT = "abyssal"
-# Without it, a guest on a busy host that emulates processors measures its clock wrongly and hangs at random.
-CLOCK_KHZ = 2_000_000
 
 
 @dataclass(frozen=True)
@@ -65,12 +66,34 @@ class Wires:
         return (*single, *(fd for fd in maybe if fd is not None), *self.layers)
 
 
-def kernel_line(memory: int, pids: int, layers: str) -> str:
-    """The kernel's command line: what `boot` and the agent read there, and what spares time and noise."""
+@cache
+def version() -> str:
+    """What QEMU says of itself.
+
+    Raises:
+        Unsupported: there is none.
+    """
+    try:
+        done = subprocess.run([PROGRAM, "--version"], capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        raise Unsupported(f"virtual machines need {PROGRAM}: run `apt-get install qemu-system-x86`") from error
+    return done.stdout.splitlines()[0]
+
+
+def kernel_line(memory: int, pids: int, layers: str, khz: int) -> str:
+    """The kernel's command line: what `boot` and the agent read there, and what spares time and noise.
+
+    Args:
+        memory: bytes that programs may use.
+        pids: processes that they may be.
+        layers: serial numbers of disks with layers, lowest first.
+        khz: of the time stamp counter.
+    """
     return " ".join(
         [
             "console=ttyS0 quiet loglevel=4 panic=-1 oops=panic",
-            f"tsc_early_khz={CLOCK_KHZ} audit=0 apparmor=0 8250.nr_uarts=1 random.trust_cpu=on",
+            f"tsc_early_khz={khz} tsc=reliable clocksource=tsc",
+            "audit=0 apparmor=0 8250.nr_uarts=1 random.trust_cpu=on",
             f"abyssal.port={PORT} abyssal.memory={memory} abyssal.pids={pids}",
             f"abyssal.layers={layers} abyssal.scratch=scratch",
         ]

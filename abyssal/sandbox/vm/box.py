@@ -1,0 +1,211 @@
+"""A virtual machine as a sandbox: the agent's commands and files, and what only machines can do."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import secrets
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from abyssal.sandbox import agent_process, wire
+from abyssal.sandbox.agent import Agent, Hello
+from abyssal.sandbox.agent_files import AgentFiles
+from abyssal.sandbox.agent_process import AgentProcess
+from abyssal.sandbox.api import Command, Feature, Limits, Network, Placed, Spec, Usage
+from abyssal.sandbox.errors import AgentLost, Cause, Timeout, Unsupported
+from abyssal.sandbox.host.cgroups import Group
+from abyssal.sandbox.vm import disks, memory
+from abyssal.sandbox.vm.machine import Machine
+from abyssal.sandbox.vm.memory import Saved
+from abyssal.sandbox.vm.qemu import Hardware
+
+MIB = 1 << 20
+FEATURES: frozenset[Feature] = frozenset({"files", "stdin", "tty", "background", "pause", "memory-snapshot", "fork"})
+SCRATCH = "scratch.img"
+ANSWER = 20.0  # seconds that a live guest has for an answer
+_QEMU = 256 * MIB  # what QEMU itself may use besides the guest's memory: translated code above all
+_THREADS = 256
+_AT_ONCE = 2  # forks that start together; more only get in each other's way
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What a box and its forks have in common."""
+
+    spec: Spec
+    placed: Placed
+    hardware: Hardware
+    env: Mapping[str, str]
+
+
+def bounds(box_id: str, origin: Origin) -> Group:
+    """The control group of a box's QEMU."""
+    limits = origin.spec.limits
+    return Group.create(
+        box_id, Limits(cpu=limits.cpu, memory=origin.hardware.memory + _QEMU, pids=_THREADS, disk=limits.disk)
+    )
+
+
+class VmBox:
+    """See `Box`."""
+
+    def __init__(self, box_id: str, origin: Origin, folder: Path, machine: Machine, group: Group):
+        self.id, self.placed, self.features = box_id, origin.placed, FEATURES
+        self._origin, self._folder, self._machine, self._group = origin, folder, machine, group
+        self._agent: Agent
+        self.files: AgentFiles
+        self._spent = Usage()
+        self._lock = asyncio.Lock()
+
+    @classmethod
+    async def awaken(cls, box_id: str, origin: Origin, saved: Saved, folder: Path, scratch: Path) -> VmBox:
+        """A box that goes on where a saved machine stood.
+
+        Args:
+            box_id: of the new one.
+            origin: of the one that was saved.
+            saved: its memory.
+            folder: of the new one; it gets its disk there.
+            scratch: the disk as it was when the memory was saved.
+        Raises:
+            Timeout: its guest does not answer.
+        """
+        group = bounds(box_id, origin)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            disks.copy_file(scratch, folder / SCRATCH)
+            machine = await memory.restored(box_id, origin.hardware, saved, folder / SCRATCH, group.add)
+        except BaseException:
+            group.remove()
+            raise
+        return await cls.greeted(box_id, origin, folder, machine, group)
+
+    @classmethod
+    async def greeted(cls, box_id: str, origin: Origin, folder: Path, machine: Machine, group: Group) -> VmBox:
+        """A box around a machine that runs, whose guest has learnt who it is."""
+        box = cls(box_id, origin, folder, machine, group)
+        try:
+            await box._greet()
+        except BaseException:
+            with contextlib.suppress(Timeout):
+                await box.stop()
+            raise
+        return box
+
+    async def _greet(self) -> None:
+        """The first exchange of an incarnation: whatever was under way in the stream is passed over."""
+        first = secrets.randbelow(1 << 30) + (1 << 30)
+        hello = Hello(hostname_of(self.id), self._origin.spec.user, self._origin.spec.cwd, self._origin.env)
+        machine = self._machine
+        machine.writer.write(wire.encode(wire.Kind.HELLO, first, hello.payload()))
+        answer = bytes([wire.Kind.READY]) + first.to_bytes(4, "little")
+        try:
+            async with asyncio.timeout(ANSWER):
+                await _skip(machine.reader, answer)
+        except TimeoutError as error:
+            raise Timeout(f"the guest of {self.id} did not answer within {ANSWER:g} s") from error
+        except asyncio.IncompleteReadError as error:
+            raise AgentLost(machine.cause(), f"the guest of {self.id} ended before it answered") from error
+        self._agent = Agent(machine.reader, machine.writer, first + 1)
+        self._agent.cause = self._cause
+        await self._agent.hello(hello, ANSWER)
+        self.files = AgentFiles(self._agent)
+
+    def _cause(self) -> Cause:
+        return "oom" if not self._machine.stopped and self._group.oom_kills() else self._machine.cause()
+
+    async def start(self, command: Command) -> AgentProcess:
+        return await agent_process.start(self._agent, command, caps=True)
+
+    async def pause(self) -> None:
+        await self._machine.halt()
+
+    async def resume(self) -> None:
+        await self._machine.go()
+        await self._agent.hello(self._agent.greeting, ANSWER)  # tells it the time
+
+    async def snapshot(self, folder: Path, *, memory: bool = False) -> Mapping[str, str]:
+        async with self._lock:
+            await self._agent.sync()
+            folder.mkdir(parents=True, exist_ok=True)
+            saved = await self._saved(folder / SCRATCH)
+            try:
+                if not memory:
+                    raise Unsupported("machines cannot give their disk as a layer yet: take the memory too")
+                await asyncio.to_thread(saved.keep, folder)
+                return {"memory": await asyncio.to_thread(lambda: saved.digest)}
+            finally:
+                saved.close()
+
+    async def _saved(self, scratch: Path) -> Saved:
+        """Memory and disk of one moment; the machine then goes on."""
+        running = (await self._machine.monitor.run("query-status"))["running"]
+        await self._machine.halt()
+        try:
+            saved = await memory.save(self._machine)
+            disks.copy_file(self._machine.scratch, scratch)
+        finally:
+            if running:
+                await self._machine.go()
+        return saved
+
+    async def fork(self, ids: Sequence[str]) -> Sequence[VmBox]:
+        async with self._lock:
+            scratch = self._folder / "fork.img"
+            saved = await self._saved(scratch)
+            turn = asyncio.Semaphore(_AT_ONCE)
+
+            async def child(box_id: str) -> VmBox:
+                async with turn:
+                    folder = self._folder.with_name(box_id)
+                    return await VmBox.awaken(box_id, self._origin, saved, folder, scratch)
+
+            try:
+                made = await asyncio.gather(*map(child, ids), return_exceptions=True)
+            finally:
+                saved.close()
+                scratch.unlink(missing_ok=True)
+            boxes = [box for box in made if isinstance(box, VmBox)]
+            failed = [error for error in made if isinstance(error, BaseException)]
+            if failed:
+                await asyncio.gather(*(box.stop() for box in boxes))
+                raise failed[0]
+            return boxes
+
+    async def set_network(self, network: Network) -> None:
+        if network.mode != "none":
+            raise Unsupported(f"machines of {self.placed.engine} have no network yet, asked for {network.mode!r}")
+
+    async def usage(self) -> Usage:
+        return self._spent if self._machine.stopped else self._group.usage()
+
+    async def stop(self) -> None:
+        if self._machine.stopped:
+            return
+        self._spent = self._group.usage()
+        try:
+            await self._machine.end()
+            if hasattr(self, "_agent"):
+                await self._agent.close()
+        finally:
+            self._group.remove()
+            for name in os.listdir(self._folder):
+                shutil.rmtree(self._folder / name) if (self._folder / name).is_dir() else (self._folder / name).unlink()
+
+
+def hostname_of(box_id: str) -> str:
+    """A name that the kernel takes."""
+    return "".join(letter if letter.isalnum() else "-" for letter in box_id)[:63]
+
+
+async def _skip(reader: asyncio.StreamReader, wanted: bytes) -> None:
+    """Read up to the end of the frame with this type and number."""
+    size, seen = b"", b""
+    while not seen.endswith(wanted):
+        seen = (seen + await reader.readexactly(1))[-9:]
+    size = seen[:4]
+    await reader.readexactly(int.from_bytes(size, "little") - len(wanted))

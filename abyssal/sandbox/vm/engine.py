@@ -1,0 +1,213 @@
+"""What the engines of virtual machines share: choosing hardware, starting cold or from a template, probes.
+
+The first sandbox of a kind starts cold, and its machine is kept as a template before anybody has spoken to its guest;
+all later ones of this kind go on from there. A kind is everything that could make a difference: programs, kernel,
+layers, limits.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import math
+import shutil
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from abyssal.base.files import write_folder
+from abyssal.sandbox.api import Accel, Boundary, Feature, Limits, Placed, Probe, Spec, Substrate
+from abyssal.sandbox.engines.placing import check
+from abyssal.sandbox.errors import AgentLost, SandboxError, Timeout, Unsupported
+from abyssal.sandbox.guest import build
+from abyssal.sandbox.host.cgroups import Group, Hierarchies, left_over
+from abyssal.sandbox.image import Image, Store
+from abyssal.sandbox.vm import disks, memory, qemu
+from abyssal.sandbox.vm.accel import LIMIT, Found, found
+from abyssal.sandbox.vm.box import FEATURES, SCRATCH, Origin, VmBox, bounds
+from abyssal.sandbox.vm.host_layer import host_image
+from abyssal.sandbox.vm.initramfs import initramfs
+from abyssal.sandbox.vm.kernel import Kernel, kernel
+from abyssal.sandbox.vm.machine import Machine
+from abyssal.sandbox.vm.memory import Saved
+from abyssal.sandbox.vm.qemu import Hardware
+
+MIB = 1 << 20
+COLD = 90.0  # seconds that a guest has to start, on a busy host with emulated processors
+_KERNEL = 96 * MIB  # of the guest's memory for its kernel, so that the programs' limit is all theirs
+_LEAST = 32 * MIB
+_TEMPLATES = 8  # kept on disk
+
+
+class MachineEngine:
+    """Base of the engines; they differ in the hardware that they ask for."""
+
+    name: str
+    substrates: tuple[Substrate, ...]
+    features: frozenset[Feature] = FEATURES
+
+    def __init__(self, state: Path, *, templates: bool = True):
+        """Prepare nothing yet.
+
+        Args:
+            state: folder of kernels, images and templates; nothing in there is taken to be trusted by guests.
+            templates: whether to keep and use them.
+        """
+        self._state = state / "vm"
+        self._store = Store(state)
+        self._templates = templates
+        self._host: Image | None = None
+        self._saved: dict[str, Saved] = {}
+        self._locks: dict[str, asyncio.Lock] = {}
+
+    def _hardware(self, guest: Kernel, first: Path, base: Hardware, limits: Limits) -> Hardware:
+        """What this engine makes of accel, processors, memory and layers, for a kernel and its first root."""
+        raise NotImplementedError
+
+    async def probe(self) -> Probe:
+        try:
+            with tempfile.TemporaryDirectory() as name:
+                begin = time.monotonic()
+                folder = Path(name) / "box"
+                folder.mkdir()
+                spec = Spec(self.substrates[0], cwd="/tmp")
+                box = await self.create(f"probe-{self.name}-{time.time_ns()}", spec, folder)
+                took = time.monotonic() - begin
+                await box.stop()
+        except SandboxError as error:
+            remedy = "apt-get install qemu-system-x86 qemu-utils bubblewrap erofs-utils lz4 e2fsprogs"
+            return Probe(False, None, f"no guest answered: {error}", remedy)
+        return Probe(True, box.placed, f"a guest answered after {took:.1f} s; {(await self._accel()).why}")
+
+    async def create(self, box_id: str, spec: Spec, folder: Path) -> VmBox:
+        placed = await self._placed(spec)
+        image = await asyncio.to_thread(self._image, spec.image)
+        hardware = await asyncio.to_thread(self._plan, spec, placed.accel, image)
+        origin = Origin(spec, placed, hardware, {**image.env, **spec.env})
+        kind = _kind(hardware, spec.limits.disk)
+        async with self._locks.setdefault(kind, asyncio.Lock()):
+            saved = self._saved.get(kind) or self._load(kind)
+            if saved is None:
+                return await self._cold(box_id, origin, folder, kind)
+        return await VmBox.awaken(box_id, origin, saved, folder, self._template(kind) / SCRATCH)
+
+    async def sweep(self, alive: frozenset[str]) -> Sequence[str]:
+        # QEMU dies with us; what may be left is its control group
+        found = [name for name in left_over(Hierarchies.find()) if name not in alive and name]
+        for name in found:
+            Group(name, Hierarchies.find()).remove()
+        return found
+
+    def close(self) -> None:
+        """Forget the templates in memory; boxes that run keep what they need."""
+        while self._saved:
+            self._saved.popitem()[1].close()
+
+    async def _placed(self, spec: Spec) -> Placed:
+        if spec.limits.memory < _LEAST:
+            raise Unsupported(f"machines need a memory limit of {_LEAST // MIB} MiB, got {spec.limits.memory} bytes")
+        how = (await self._accel()).accel
+        boundary: Boundary = "vm-hardware" if how == "kvm" else "vm-emulated"
+        placed = Placed(self.name, boundary, how, Hierarchies.find().missing())
+        check(self.name, self.substrates, placed, spec)
+        return placed
+
+    async def _accel(self) -> Found:
+        return await found(self._state, self._with_kvm)
+
+    async def _with_kvm(self) -> float:
+        """Seconds until a guest that the processor runs itself has answered."""
+        begin = time.monotonic()
+        image = await asyncio.to_thread(self._image, "host")
+        hardware = await asyncio.to_thread(self._plan, Spec(self.substrates[0]), "kvm", image)
+        with tempfile.TemporaryDirectory() as name:
+            scratch = Path(name) / SCRATCH
+            await asyncio.to_thread(disks.scratch, scratch, 64 * MIB)
+            ram = memory.anonymous("ram", hardware.memory)
+            machine = await Machine.start("kvm-trial", hardware, ram, scratch, shared=True)
+            try:
+                await machine.go()
+                await _begun(machine, LIMIT)
+            finally:
+                await machine.end()
+        return time.monotonic() - begin
+
+    def _plan(self, spec: Spec, how: Accel, image: Image) -> Hardware:
+        """The hardware, after whatever it needs has been built."""
+        guest = kernel(self._state)
+        programs = self._state / "programs"
+        first = initramfs(self._state, guest, build.build(programs, "boot", ["boot.c"]), build.agent(programs))
+        size = -(-(spec.limits.memory + _KERNEL) // (2 * MIB)) * 2 * MIB
+        layers = tuple(self._store.layer(digest) for digest in image.layers)
+        base = Hardware("microvm", how, math.ceil(spec.limits.cpu), size, layers=layers)
+        return self._hardware(guest, first, base, spec.limits)
+
+    def _image(self, name: str) -> Image:
+        if name != "host":
+            return self._store.get(name)
+        if self._host is None:
+            self._host = host_image(self._store)
+        return self._host
+
+    async def _cold(self, box_id: str, origin: Origin, folder: Path, kind: str) -> VmBox:
+        scratch = folder / SCRATCH
+        await asyncio.to_thread(disks.scratch, scratch, origin.spec.limits.disk)
+        group = bounds(box_id, origin)
+        try:
+            ram = memory.anonymous("ram", origin.hardware.memory)
+            machine = await Machine.start(box_id, origin.hardware, ram, scratch, shared=True, admit=group.add)
+            try:
+                await machine.go()
+                await _begun(machine)
+                if self._templates:
+                    await machine.halt()
+                    self._saved[kind] = await memory.save(machine)
+                    await asyncio.to_thread(self._keep, kind, scratch)
+                    await machine.go()
+            except BaseException:
+                await machine.end()
+                raise
+        except BaseException:
+            group.remove()
+            raise
+        return await VmBox.greeted(box_id, origin, folder, machine, group)
+
+    def _template(self, kind: str) -> Path:
+        return self._state / "templates" / kind
+
+    def _load(self, kind: str) -> Saved | None:
+        folder = self._template(kind)
+        if not self._templates or not folder.exists():
+            return None
+        self._saved[kind] = Saved.load(folder)
+        return self._saved[kind]
+
+    def _keep(self, kind: str, scratch: Path) -> None:
+        folder = self._template(kind)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with write_folder(folder) as aside:
+            self._saved[kind].keep(aside)
+            disks.copy_file(scratch, aside / SCRATCH)
+        others = sorted(folder.parent.glob("[0-9a-f]*"), key=lambda path: path.stat().st_mtime)
+        for old in others[:-_TEMPLATES]:
+            if old.name not in self._saved:
+                shutil.rmtree(old, ignore_errors=True)
+
+
+def _kind(hardware: Hardware, disk: int) -> str:
+    """A name for machines that can stand in for each other; files count by name, which is a digest or a version."""
+    return hashlib.sha256(f"{qemu.version()} {disk} {hardware}".encode()).hexdigest()[:32]
+
+
+async def _begun(machine: Machine, limit: float = COLD) -> None:
+    """Wait for the agent's first word, and leave it for the next reader."""
+    try:
+        async with asyncio.timeout(limit):
+            size = int.from_bytes(await machine.reader.readexactly(4), "little")
+            await machine.reader.readexactly(size)
+    except TimeoutError as error:
+        said = machine.console[-300:] or "nothing"
+        raise Timeout(f"the guest did not answer within {limit:g} s; its kernel said: {said}") from error
+    except asyncio.IncompleteReadError as error:
+        raise AgentLost(machine.cause(), f"the guest ended; its kernel said: {machine.console[-300:]}") from error
