@@ -19,12 +19,13 @@ from abyssal.sandbox.api import Command, Feature, Limits, Network, Placed, Spec,
 from abyssal.sandbox.errors import AgentLost, Cause, Timeout, Unsupported
 from abyssal.sandbox.host.cgroups import Group
 from abyssal.sandbox.vm import disks, memory
+from abyssal.sandbox.vm.layer import packed
 from abyssal.sandbox.vm.machine import Machine
 from abyssal.sandbox.vm.memory import Saved
 from abyssal.sandbox.vm.qemu import Hardware
 
 MIB = 1 << 20
-FEATURES: frozenset[Feature] = frozenset({"files", "stdin", "tty", "background", "pause", "memory-snapshot", "fork"})
+FEATURES: frozenset[Feature] = frozenset({"files", "stdin", "tty", "background", "pause", "snapshot", "memory-snapshot", "fork"})
 SCRATCH = "scratch.img"
 ANSWER = 20.0  # seconds that a live guest has for an answer
 _QEMU = 256 * MIB  # what QEMU itself may use besides the guest's memory: translated code above all
@@ -134,10 +135,13 @@ class VmBox:
             folder.mkdir(parents=True, exist_ok=True)
             saved = await self._saved(folder / SCRATCH)
             try:
-                if not memory:
-                    raise Unsupported("machines cannot give their disk as a layer yet: take the memory too")
-                await asyncio.to_thread(saved.keep, folder)
-                return {"memory": await asyncio.to_thread(lambda: saved.digest)}
+                digests = {"layer": await asyncio.to_thread(packed, folder / SCRATCH, folder)}
+                if memory:
+                    await asyncio.to_thread(saved.keep, folder)
+                    digests["memory"] = await asyncio.to_thread(lambda: saved.digest)
+                else:
+                    (folder / SCRATCH).unlink()
+                return digests
             finally:
                 saved.close()
 
