@@ -25,7 +25,9 @@ from abyssal.sandbox.vm.memory import Saved
 from abyssal.sandbox.vm.qemu import Hardware
 
 MIB = 1 << 20
-FEATURES: frozenset[Feature] = frozenset({"files", "stdin", "tty", "background", "pause", "snapshot", "memory-snapshot", "fork"})
+FEATURES: frozenset[Feature] = frozenset(
+    {"files", "stdin", "tty", "background", "pause", "snapshot", "memory-snapshot", "fork"}
+)
 SCRATCH = "scratch.img"
 ANSWER = 20.0  # seconds that a live guest has for an answer
 _QEMU = 256 * MIB  # what QEMU itself may use besides the guest's memory: translated code above all
@@ -120,7 +122,8 @@ class VmBox:
         return "oom" if not self._machine.stopped and self._group.oom_kills() else self._machine.cause()
 
     async def start(self, command: Command) -> AgentProcess:
-        return await agent_process.start(self._agent, command, caps=True)
+        user = command.user or self._agent.greeting.user
+        return await agent_process.start(self._agent, command, caps=user == "root")
 
     async def pause(self) -> None:
         await self._machine.halt()
