@@ -54,12 +54,18 @@ class Ext4:
         self._file = path.open("rb")
         self._end = path.stat().st_size
         self._left = self._end * _OFTEN
-        head = self._bytes(1024, 1024)
+        try:
+            self._begin(path.name, self._bytes(1024, 1024))
+        except ImageError:
+            self.close()
+            raise
+
+    def _begin(self, name: str, head: bytes) -> None:
         if struct.unpack_from("<H", head, 56)[0] != 0xEF53:
-            raise ImageError(f"{path.name} is no ext4 disk")
+            raise ImageError(f"{name} is no ext4 disk")
         (incompatible,) = struct.unpack_from("<I", head, 96)
         if incompatible & ~_KNOWN:
-            raise ImageError(f"{path.name} has features that our disks do not have: {incompatible & ~_KNOWN:#x}")
+            raise ImageError(f"{name} has features that our disks do not have: {incompatible & ~_KNOWN:#x}")
         self._inodes, shift = struct.unpack_from("<I", head, 0)[0], struct.unpack_from("<I", head, 24)[0]
         self._size = 1024 << min(shift, 6)
         self._per_group = max(1, struct.unpack_from("<I", head, 40)[0])
