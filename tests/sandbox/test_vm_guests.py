@@ -104,7 +104,7 @@ def test_limits_and_ends_are_told_apart(state: Path, tmp_path: Path) -> None:
     async def life() -> None:
         engine = QemuMicrovmEngine(state)
         async with guest(engine, tmp_path) as box:
-            hungry = await run(box, python("x = bytearray(200 << 20)"), timeout=60.0)
+            hungry = await run(box, python("x = b'x' * (200 << 20)"), timeout=60.0)
             assert (hungry.exit.limit, hungry.exit.signal) == ("memory", 9)
             assert await told(box, "echo alive") == "alive\n"
             panic = asyncio.create_task(run(box, "echo c > /proc/sysrq-trigger", user="root", timeout=60.0))

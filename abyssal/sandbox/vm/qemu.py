@@ -94,6 +94,7 @@ def kernel_line(memory: int, pids: int, layers: str, khz: int) -> str:
             "console=ttyS0 quiet loglevel=4 panic=-1 oops=panic",
             f"tsc_early_khz={khz} tsc=reliable clocksource=tsc",
             "audit=0 apparmor=0 8250.nr_uarts=1 random.trust_cpu=on",
+            "sysctl.vm.overcommit_memory=1",  # the limit is the group's; a large request alone is no failure
             f"abyssal.port={PORT} abyssal.memory={memory} abyssal.pids={pids}",
             f"abyssal.layers={layers} abyssal.scratch=scratch",
         ]
