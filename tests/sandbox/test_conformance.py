@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import subprocess
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -11,6 +13,7 @@ import pytest
 
 from abyssal.sandbox.api import Engine, Probe
 from abyssal.sandbox.conformance.bench import Check
+from abyssal.sandbox.conformance.escaping import CONTROLS, attempt
 from abyssal.sandbox.conformance.suite import CHECKS, missing, put
 from abyssal.sandbox.engines.bwrap import BwrapEngine
 from abyssal.sandbox.engines.gvisor import GvisorEngine
@@ -39,3 +42,17 @@ def test_conformance(name: str, check: Check, state: Path) -> None:
     if why := missing(check, engine):
         pytest.skip(why)
     asyncio.run(put(check, engine, state))
+
+
+@pytest.mark.skipif(os.geteuid() != 0 or os.uname().machine != "x86_64", reason="controls run as root on x86-64")
+@pytest.mark.parametrize("name", CONTROLS)
+def test_control_the_attempt_succeeds_without_a_sandbox(name: str) -> None:
+    """In name spaces of their own for mounts and the host's name, and nothing else around them."""
+    apart = ("unshare", "--mount", "--uts", "--propagation", "private")
+    try:
+        done = subprocess.run([*apart, *attempt(name)], capture_output=True, text=True, check=False)
+    finally:
+        Path("/tmp/node").unlink(missing_ok=True)
+    if done.stdout.strip() in ("-38", "-97", "-22", "-2"):
+        pytest.skip(f"this kernel has no {name} at all: {done.stdout.strip()}")
+    assert done.stdout.strip() == "0", done

@@ -65,6 +65,12 @@ ATTEMPTS = {
     "XFS_IOC_SWAPEXT": (16, "os.open('/work', 0), 0xc0c0586d, ctypes.byref(ctypes.create_string_buffer(200))"),
     "FITRIM": (16, "os.open('/work', 0), 0xc0185879, ctypes.byref(ctypes.create_string_buffer(24))"),
 }
+# what root can do outside, and harms nothing there: the controls
+CONTROLS = (
+    *("unshare user", "unshare mount", "setns", "chroot", "open_tree", "fsopen", "mknod device", "bpf", "keyctl"),
+    *("add_key", "userfaultfd", "perf_event_open", "io_uring_setup", "syslog", "setuid root", "packet socket"),
+    *("raw socket", "vsock"),
+)
 PROGRAM = """
 import ctypes, json, os, sys
 libc = ctypes.CDLL(None, use_errno=True)
