@@ -64,7 +64,7 @@ async def what_it_lacks_is_unsupported(bench: Bench) -> None:
 @check("pause")
 async def a_pause_stops_everything(bench: Bench) -> None:
     async with bench.box() as box:
-        count = "i=0; while :; do i=$((i+1)); echo $i > count; sleep 0.01; done"
+        count = "i=0; while :; do i=$((i+1)); echo $i > new; mv new count; sleep 0.01; done"
         process = await box.start(Command(shell(count), timeout=60))
         await asyncio.sleep(0.5)
         await box.pause()

@@ -152,7 +152,7 @@ async def hostile_archives_are_refused(bench: Bench) -> None:
 @check("files")
 async def ten_thousand_names(bench: Bench) -> None:
     async with bench.box() as box:
-        made = await run(box, "mkdir many; cd many; seq -f %05g 10000 | xargs touch")
+        made = await run(box, "mkdir many; cd many; seq -f %05g 10000 | xargs touch", timeout=120)
         expect(made.code == 0, "made", made.stderr)
         listed = await box.files.list("many")
         expect(len(listed) == 10_000 and listed[0].path == "many/00001", "all, sorted", len(listed))

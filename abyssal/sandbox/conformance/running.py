@@ -159,15 +159,19 @@ async def the_user_is_no_root(bench: Bench) -> None:
 @check("tty")
 async def a_terminal(bench: Bench) -> None:
     async with bench.box() as box:
-        process = await box.start(
-            Command(shell("tty; stty size; read x; stty size; echo got $x"), tty=(31, 97), timeout=30)
-        )
-        await asyncio.sleep(0.5)
-        await process.resize(40, 120)
-        await process.write(b"word\n")
-        outcome = await collect(process)
-        expect("/dev/pts/" in outcome.stdout and "31 97" in outcome.stdout, "a terminal of this size", outcome.stdout)
-        expect("40 120" in outcome.stdout and "got word" in outcome.stdout, "typed and resized", outcome.stdout)
+        text = "tty; stty size; read x; stty size; echo got $x"
+        process = await box.start(Command(shell(text), tty=(31, 97), timeout=60))
+        seen = ""
+        async for event in process.events():
+            if not isinstance(event, Stdout):
+                continue
+            seen += event.data.decode()
+            if "31 97" in seen and "typed" not in seen:
+                seen += "typed"
+                await process.resize(40, 120)
+                await process.write(b"word\n")
+        expect("/dev/pts/" in seen and "typed" in seen, "a terminal of this size", seen)
+        expect("40 120" in seen and "got word" in seen, "typed and resized", seen)
 
 
 @check("tty")
