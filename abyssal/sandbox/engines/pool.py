@@ -16,7 +16,7 @@ from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequenc
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NoReturn, cast
+from typing import Any, cast
 
 from abyssal.base.errors import AbyssalError
 from abyssal.sandbox.api import (
@@ -37,34 +37,13 @@ from abyssal.sandbox.api import (
     Usage,
 )
 from abyssal.sandbox.engines import pool_worker
+from abyssal.sandbox.engines.calls import NoFiles, as_call
 from abyssal.sandbox.engines.placing import check
-from abyssal.sandbox.errors import AgentLost, NotFound, SandboxError, Unsupported
+from abyssal.sandbox.errors import AgentLost, SandboxError, Unsupported
 
 WARM = 2  # workers that wait, for each box
 READY_S = 30.0
 WORKER = Path(pool_worker.__file__)
-
-
-def as_call(command: Command, spec: Spec) -> dict[str, Any]:
-    """A command as what a worker reads.
-
-    Raises:
-        Unsupported: it is no call.
-        NotFound: a module's name without a function.
-    """
-    argv = command.argv
-    call: dict[str, Any] = {"env": dict(command.env), "cwd": command.cwd or spec.cwd}
-    if command.tty or command.user not in (None, spec.user):
-        raise Unsupported("functions have no terminal and no other users: choose substrate container")
-    if len(argv) >= 3 and argv[0] in ("python", "python3", "/usr/bin/python3") and argv[1] == "-c":
-        return {**call, "kind": "source", "source": argv[2], "arguments": argv[3:]}
-    if len(argv) in (2, 3) and argv[0] == "call":
-        module, sign, function = argv[1].partition(":")
-        if not sign:
-            raise NotFound(f"{argv[1]!r} names no function: write MODULE:FUNCTION")
-        arguments = json.loads(argv[2]) if len(argv) == 3 else []
-        return {**call, "kind": "function", "module": module, "function": function, "arguments": arguments}
-    raise Unsupported(f"functions run Python, not {argv[0]!r}: use 'python3 -c SOURCE', or substrate container")
 
 
 class PoolEngine:
@@ -123,13 +102,6 @@ class PoolEngine:
         return []  # the containers are the inner engine's to sweep
 
 
-class _NoFiles:
-    """Every call of `Files` is refused: nothing would outlive a call."""
-
-    def __getattr__(self, name: str) -> NoReturn:
-        raise Unsupported("functions keep no files: choose substrate container")
-
-
 class _Worker:
     """A Python that waits in a container."""
 
@@ -144,7 +116,7 @@ class PoolBox:
         self, box_id: str, placed: Placed, features: frozenset[Feature], inner: Engine, spec: Spec, folder: Path
     ):
         self.id, self.placed, self.features = box_id, placed, features
-        self.files = cast(Files, _NoFiles())
+        self.files = cast(Files, NoFiles())
         self._inner, self._spec, self._folder = inner, spec, folder
         self._ready: asyncio.Queue[_Worker | SandboxError] = asyncio.Queue()
         self._tasks: set[asyncio.Task[None]] = set()
