@@ -77,8 +77,8 @@ async def disk(bench: Bench) -> None:
             try:
                 outcome = await run(box, "head -c 300000000 /dev/zero > big; sleep 5")
                 expect(outcome.code != 0, "the watchdog ends it", outcome)
-            except AgentLost:
-                pass
+            except AgentLost as error:
+                expect(error.cause == "killed", "the cause", error.cause)
             return
         outcome = await run(box, "head -c 300000000 /dev/zero > big; stat -c %s big")
         expect("No space left" in outcome.stderr, "the disk is full", outcome)

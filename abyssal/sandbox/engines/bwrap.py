@@ -140,10 +140,11 @@ class BwrapEngine:
             if agent is not None:
                 await agent.close()
             raise
-        dog = asyncio.create_task(watch(child.pid, upper, spec.limits, memory=group is None))
-        return ContainerBox(
+        box = ContainerBox(
             box_id, self.placed, self.features, agent, folder, upper, group, end, None, USERS["user"].uid
         )
+        dog = asyncio.create_task(watch(child.pid, upper, spec.limits, box.ended_by, memory=group is None))
+        return box
 
     def _host_root(self) -> tuple[Path, tuple[str, ...]]:
         """The root that all boxes share, read-only; made once, until the folder that it lies in is emptied."""

@@ -40,11 +40,18 @@ class ContainerBox:
         self._agent, self._folder, self._upper, self._group = agent, folder, upper, group
         self._end, self._copy, self._owner = end, copy, owner
         self._stopped = False
+        self._ended_by: Cause | None = None
         agent.cause = self._cause
         if group is not None:
             agent.oom_kills = group.oom_kills
 
+    def ended_by(self, cause: Cause) -> None:
+        """Somebody outside is about to kill it, for this reason."""
+        self._ended_by = cause
+
     def _cause(self) -> Cause:
+        if self._ended_by is not None:
+            return self._ended_by
         if self._stopped:
             return "killed"
         return "oom" if self._group is not None and self._group.oom_kills() else "unknown"

@@ -5,28 +5,34 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
 from abyssal.sandbox.api import Limits
+from abyssal.sandbox.errors import Cause
 
 EVERY_S = 0.25
 
 
-async def watch(pid: int, upper: Path, limits: Limits, *, memory: bool) -> None:
+async def watch(pid: int, upper: Path, limits: Limits, tell: Callable[[Cause], None], *, memory: bool) -> None:
     """Look until cancelled.
 
     Args:
         pid: the sandbox's first process as numbered here; killing it kills all.
         upper: what the sandbox has written.
         limits: of disk, and of memory if `memory`.
+        tell: told why, before the sandbox is killed.
     """
     while True:
         await asyncio.sleep(EVERY_S)
-        too_much = await asyncio.to_thread(disk_used, upper) > limits.disk
-        if memory and not too_much:
-            too_much = await asyncio.to_thread(memory_used, pid) > limits.memory
-        if too_much:
+        cause: Cause | None = None
+        if await asyncio.to_thread(disk_used, upper) > limits.disk:
+            cause = "killed"
+        elif memory and await asyncio.to_thread(memory_used, pid) > limits.memory:
+            cause = "oom"
+        if cause is not None:
+            tell(cause)
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
             return
