@@ -9,6 +9,7 @@ machine with shared memory, which is never started, and that one is saved.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import fcntl
 import hashlib
@@ -17,10 +18,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from abyssal.sandbox.vm.disks import copy_sparse
 from abyssal.sandbox.vm.machine import Machine
 from abyssal.sandbox.vm.qemu import Hardware
 
+_PAGE = 4096
+_STEP = 4 << 20
 _SEALS = fcntl.F_SEAL_WRITE | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_SEAL
 
 
@@ -112,10 +117,24 @@ async def _shared(machine: Machine, stream: int) -> tuple[int, int]:
         await ferry.monitor.migrated()
         state = anonymous("state")
         await _send(ferry, state)
+        return await asyncio.to_thread(_without_zeros, ram), state
     finally:
         os.close(stream)
+        os.close(ram)
         await ferry.end()
-    return ram, state
+
+
+def _without_zeros(source: int) -> int:
+    """A copy in which pages of zeros are holes: a stream has filled them all."""
+    target = anonymous("ram", os.fstat(source).st_size)
+    at = 0
+    while data := os.pread(source, _STEP, at):
+        used = np.frombuffer(data, np.uint64).reshape(-1, _PAGE // 8).any(axis=1)
+        edges = np.flatnonzero(np.diff(used, prepend=False, append=False)) * _PAGE
+        for begin, end in edges.reshape(-1, 2).tolist():
+            os.pwrite(target, data[begin:end], at + begin)
+        at += len(data)
+    return target
 
 
 async def _send(machine: Machine, state: int) -> None:
