@@ -150,15 +150,21 @@ class VmBox:
 
     async def _saved(self, scratch: Path) -> Saved:
         """Memory and disk of one moment; the machine then goes on."""
-        running = (await self._machine.monitor.run("query-status"))["running"]
-        await self._machine.halt()
-        try:
-            saved = await memory.save(self._machine)
-            disks.copy_file(self._machine.scratch, scratch)
-        finally:
+        machine = self._machine
+        running = (await machine.monitor.run("query-status"))["running"]
+
+        async def taken() -> None:
+            await asyncio.to_thread(disks.copy_file, machine.scratch, scratch)
             if running:
-                await self._machine.go()
-        return saved
+                await machine.go()
+
+        await machine.halt()
+        try:
+            return await memory.save(machine, taken)
+        except BaseException:
+            if running and not machine.stopped:
+                await machine.go()
+            raise
 
     async def fork(self, ids: Sequence[str]) -> Sequence[VmBox]:
         async with self._lock:

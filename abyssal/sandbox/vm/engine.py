@@ -162,9 +162,7 @@ class MachineEngine:
                 await _begun(machine)
                 if self._templates:
                     await machine.halt()
-                    self._saved[kind] = await memory.save(machine)
-                    await asyncio.to_thread(self._keep, kind, scratch)
-                    await machine.go()
+                    await self._make_template(kind, machine, scratch)
             except BaseException:
                 await machine.end()
                 raise
@@ -172,6 +170,17 @@ class MachineEngine:
             group.remove()
             raise
         return await VmBox.greeted(box_id, origin, folder, machine, group)
+
+    async def _make_template(self, kind: str, machine: Machine, scratch: Path) -> None:
+        """Of a machine that stands still; it goes on afterwards."""
+        with tempfile.TemporaryDirectory(dir=scratch.parent) as name:
+
+            async def taken() -> None:
+                await asyncio.to_thread(disks.copy_file, scratch, Path(name) / SCRATCH)
+                await machine.go()
+
+            self._saved[kind] = await memory.save(machine, taken)
+            await asyncio.to_thread(self._keep, kind, Path(name) / SCRATCH)
 
     def _template(self, kind: str) -> Path:
         return self._state / "templates" / kind

@@ -14,7 +14,7 @@ import contextlib
 import fcntl
 import hashlib
 import os
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -81,9 +81,12 @@ class Saved:
         return cls(*fds)
 
 
-async def save(machine: Machine) -> Saved:
-    """The memory of a machine that stands still; it can go on afterwards.
+async def save(machine: Machine, taken: Callable[[], Awaitable[None]]) -> Saved:
+    """The memory of a machine that stands still.
 
+    Args:
+        machine: it.
+        taken: called when it need not stand still any longer; what goes with the memory, such as disks, is copied here.
     Raises:
         QmpError: QEMU refused.
     """
@@ -91,8 +94,10 @@ async def save(machine: Machine) -> Saved:
     await _send(machine, state)
     if machine.shared:
         ram = anonymous("ram")
-        copy_sparse(machine.memory, ram)
+        await asyncio.to_thread(copy_sparse, machine.memory, ram)
+        await taken()
     else:
+        await taken()
         ram, state = await _shared(machine, state)
     for fd in (ram, state):
         fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _SEALS)
