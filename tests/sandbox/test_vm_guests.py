@@ -135,6 +135,21 @@ def test_a_whole_pc_boots_from_its_disk(state: Path, tmp_path: Path) -> None:
     asyncio.run(life())
 
 
+@pytest.mark.timeout(300)
+def test_a_sweep_ends_what_a_dead_platform_left_and_nothing_else(state: Path, tmp_path: Path) -> None:
+    async def life() -> None:
+        engine = QemuMicrovmEngine(state)
+        async with guest(engine, tmp_path) as lost, guest(engine, tmp_path, "other") as alive:
+            assert await engine.sweep(frozenset({alive.id})) == [lost.id]
+            with pytest.raises(AgentLost):
+                await run(lost, "true")
+            assert await told(alive, "echo alive") == "alive\n"
+            assert await engine.sweep(frozenset({alive.id})) == []
+        engine.close()
+
+    asyncio.run(life())
+
+
 def test_what_cannot_be_met_is_refused(state: Path, tmp_path: Path) -> None:
     engine = QemuMicrovmEngine(state)
     specs = [

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
 import secrets
 import shutil
 from collections.abc import Mapping, Sequence
@@ -16,6 +15,7 @@ from abyssal.sandbox.agent import Agent, Hello
 from abyssal.sandbox.agent_files import AgentFiles
 from abyssal.sandbox.agent_process import AgentProcess
 from abyssal.sandbox.api import Command, Feature, Limits, Network, Placed, Spec, Usage
+from abyssal.sandbox.engines.bundle import RUN, claim
 from abyssal.sandbox.errors import AgentLost, Cause, Timeout, Unsupported
 from abyssal.sandbox.host.cgroups import Group
 from abyssal.sandbox.vm import disks, memory
@@ -43,14 +43,27 @@ class Origin:
     placed: Placed
     hardware: Hardware
     env: Mapping[str, str]
+    state: Path
 
 
-def bounds(box_id: str, origin: Origin) -> Group:
-    """The control group of a box's QEMU."""
+def bounds(box_id: str, origin: Origin, folder: Path) -> Group:
+    """The control group of a box's QEMU; whose it is, is written down first, for a sweep after a crash."""
+    claim(origin.placed.engine, box_id, origin.state, folder)
     limits = origin.spec.limits
-    return Group.create(
-        box_id, Limits(cpu=limits.cpu, memory=origin.hardware.memory + _QEMU, pids=_THREADS, disk=limits.disk)
-    )
+    most = Limits(cpu=limits.cpu, memory=origin.hardware.memory + _QEMU, pids=_THREADS, disk=limits.disk)
+    try:
+        return Group.create(box_id, most)
+    except BaseException:
+        shutil.rmtree(RUN / box_id, ignore_errors=True)
+        raise
+
+
+def unbind(box_id: str, group: Group, folder: Path) -> None:
+    """End what is in the group, and take away all that a box has on this host."""
+    group.remove()
+    shutil.rmtree(RUN / box_id, ignore_errors=True)
+    for path in folder.iterdir() if folder.is_dir() else ():
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 class VmBox:
@@ -77,13 +90,13 @@ class VmBox:
         Raises:
             Timeout: its guest does not answer.
         """
-        group = bounds(box_id, origin)
+        folder.mkdir(parents=True, exist_ok=True)
+        group = bounds(box_id, origin, folder)
         try:
-            folder.mkdir(parents=True, exist_ok=True)
             disks.copy_file(scratch, folder / SCRATCH)
             machine = await memory.restored(box_id, origin.hardware, saved, folder / SCRATCH, group.add)
         except BaseException:
-            group.remove()
+            unbind(box_id, group, folder)
             raise
         return await cls.greeted(box_id, origin, folder, machine, group)
 
@@ -205,9 +218,7 @@ class VmBox:
             if hasattr(self, "_agent"):
                 await self._agent.close()
         finally:
-            self._group.remove()
-            for name in os.listdir(self._folder):
-                shutil.rmtree(self._folder / name) if (self._folder / name).is_dir() else (self._folder / name).unlink()
+            await asyncio.to_thread(unbind, self.id, self._group, self._folder)
 
 
 def hostname_of(box_id: str) -> str:

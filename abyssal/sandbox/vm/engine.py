@@ -18,14 +18,15 @@ from pathlib import Path
 
 from abyssal.base.files import write_folder
 from abyssal.sandbox.api import Accel, Boundary, Feature, Limits, Placed, Probe, Spec, Substrate
+from abyssal.sandbox.engines.bundle import claimed
 from abyssal.sandbox.engines.placing import check
 from abyssal.sandbox.errors import AgentLost, SandboxError, Timeout, Unsupported
 from abyssal.sandbox.guest import build
-from abyssal.sandbox.host.cgroups import Group, Hierarchies, left_over
+from abyssal.sandbox.host.cgroups import Group, Hierarchies
 from abyssal.sandbox.image import Image, Store
 from abyssal.sandbox.vm import disks, memory, qemu
 from abyssal.sandbox.vm.accel import LIMIT, Found, found
-from abyssal.sandbox.vm.box import FEATURES, SCRATCH, Origin, VmBox, bounds
+from abyssal.sandbox.vm.box import FEATURES, SCRATCH, Origin, VmBox, bounds, unbind
 from abyssal.sandbox.vm.host_layer import host_image
 from abyssal.sandbox.vm.initramfs import initramfs
 from abyssal.sandbox.vm.kernel import Kernel, kernel
@@ -84,7 +85,7 @@ class MachineEngine:
         placed = await self._placed(spec)
         image = await asyncio.to_thread(self._image, spec.image)
         hardware = await asyncio.to_thread(self._plan, spec, placed.accel, image)
-        origin = Origin(spec, placed, hardware, {**image.env, **spec.env})
+        origin = Origin(spec, placed, hardware, {**image.env, **spec.env}, self._state)
         kind = _kind(hardware, spec.limits.disk)
         async with self._locks.setdefault(kind, asyncio.Lock()):
             saved = self._saved.get(kind) or self._load(kind)
@@ -93,11 +94,11 @@ class MachineEngine:
         return await VmBox.awaken(box_id, origin, saved, folder, self._template(kind) / SCRATCH)
 
     async def sweep(self, alive: frozenset[str]) -> Sequence[str]:
-        # QEMU dies with us; what may be left is its control group
-        found = [name for name in left_over(Hierarchies.find()) if name not in alive and name]
-        for name in found:
-            Group(name, Hierarchies.find()).remove()
-        return found
+        found = claimed(self.name, self._state)
+        gone = sorted(set(found) - alive)
+        for box_id in gone:
+            await asyncio.to_thread(unbind, box_id, Group(box_id, Hierarchies.find()), found[box_id])
+        return gone
 
     def close(self) -> None:
         """Forget the templates in memory; boxes that run keep what they need."""
@@ -152,9 +153,9 @@ class MachineEngine:
 
     async def _cold(self, box_id: str, origin: Origin, folder: Path, kind: str) -> VmBox:
         scratch = folder / SCRATCH
-        await asyncio.to_thread(disks.scratch, scratch, origin.spec.limits.disk)
-        group = bounds(box_id, origin)
+        group = bounds(box_id, origin, folder)
         try:
+            await asyncio.to_thread(disks.scratch, scratch, origin.spec.limits.disk)
             ram = memory.anonymous("ram", origin.hardware.memory)
             machine = await Machine.start(box_id, origin.hardware, ram, scratch, shared=True, admit=group.add)
             try:
@@ -167,7 +168,7 @@ class MachineEngine:
                 await machine.end()
                 raise
         except BaseException:
-            group.remove()
+            unbind(box_id, group, folder)
             raise
         return await VmBox.greeted(box_id, origin, folder, machine, group)
 
