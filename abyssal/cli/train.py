@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
-from contextlib import ExitStack
+from collections.abc import Sequence
+from contextlib import ExitStack, closing
 from pathlib import Path
-from typing import Annotated, Any, cast
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
 from abyssal.base.errors import InputError
 from abyssal.base.home import home
 from abyssal.base.progress import LINE_EVERY_S, StatusLine
+
+if TYPE_CHECKING:
+    from abyssal.train.recipe import Recipe as TrainRecipe
+    from abyssal.train.world import World
 
 train = typer.Typer(help="Train models: data, pre-training, SFT, exports, reports.", no_args_is_help=True)
 
@@ -22,6 +28,7 @@ Data = Annotated[Path | None, typer.Option(help="Folder that `train data` filled
 Run = Annotated[Path | None, typer.Option(help="Folder of the run; an unfinished one goes on.")]
 Changes = Annotated[list[str] | None, typer.Option("--set", help="Change the recipe: pretrain.schedule.steps=100.")]
 Threads = Annotated[int | None, typer.Option(min=1, help="Of the processor; a resumed run needs the same number.")]
+Experts = Annotated[int, typer.Option(min=1, help="Under torchrun: processes that share the experts of a layer.")]
 Track = Annotated[list[str] | None, typer.Option(help="Also send the metrics to tensorboard or wandb.")]
 
 
@@ -53,10 +60,11 @@ def pretrain(
     run: Run = None,
     changes: Changes = None,
     threads: Threads = None,
+    experts: Experts = 1,
     track: Track = None,
 ) -> None:
     """Train a recipe's model from nothing, or go on with it."""
-    _stage(recipe, "pretrain", data, run, None, changes, threads, track)
+    _stage(recipe, "pretrain", data, run, None, changes, threads, experts, track)
 
 
 @train.command()
@@ -67,10 +75,11 @@ def sft(
     start: Annotated[Path | None, typer.Option(help="Run that it begins with; default the one of the recipe.")] = None,
     changes: Changes = None,
     threads: Threads = None,
+    experts: Experts = 1,
     track: Track = None,
 ) -> None:
     """Train on conversations, from where pre-training ended."""
-    _stage(recipe, "sft", data, run, start, changes, threads, track)
+    _stage(recipe, "sft", data, run, start, changes, threads, experts, track)
 
 
 @train.command()
@@ -167,15 +176,12 @@ def _stage(
     start: Path | None,
     changes: list[str] | None,
     threads: int | None,
+    experts: int,
     track: list[str] | None,
 ) -> None:
     import torch
 
-    from abyssal.train.export import keep_tokenizer
-    from abyssal.train.recipe import read_recipe, trainer_of
-    from abyssal.train.report import write_report
-    from abyssal.train.run import run as train_on
-    from abyssal.train.sinks import sink
+    from abyssal.train.recipe import read_recipe
 
     if threads is not None:
         torch.set_num_threads(threads)
@@ -183,14 +189,31 @@ def _stage(
     runs = home() / "train" / "runs" / told.name
     folder, data = run or runs / stage, data or _data_folder()
     before = start or runs / told.stage(stage).start if told.stage(stage).start else None
-    trainer = trainer_of(told, stage, data, before)
+    with closing(_world(experts)) as world:
+        _train(told, stage, data, folder, before, world, track or ())
+
+
+def _train(
+    told: TrainRecipe, stage: str, data: Path, folder: Path, before: Path | None, world: World, track: Sequence[str]
+) -> None:
+    """On one of several processes, or alone; the first one talks."""
+    from abyssal.train.export import keep_tokenizer
+    from abyssal.train.recipe import trainer_of
+    from abyssal.train.report import write_report
+    from abyssal.train.run import run as train_on
+    from abyssal.train.sinks import sink
+
+    trainer = trainer_of(told, stage, data, before, world)
+    if world.rank:
+        train_on(trainer, folder)
+        return
     folder.mkdir(parents=True, exist_ok=True)
     keep_tokenizer(data, folder)
     if trainer.rules.bfloat16_muon:
         print(f"Muon orthogonalises in {trainer.muon_dtypes[-1][1]} on this processor", file=sys.stderr)
     with ExitStack() as open_sinks:
-        shows = [open_sinks.enter_context(sink(name, folder, trainer.saved().state)) for name in track or ()]
-        shows.append(_Progress(told.stage(stage).rules.schedule.steps).show)
+        shows = [open_sinks.enter_context(sink(name, folder, trainer.saved().state)) for name in track]
+        shows.append(_Progress(trainer.rules.schedule.steps).show)
 
         def show(line: dict[str, Any]) -> None:
             for each in shows:
@@ -199,6 +222,21 @@ def _stage(
         ended = train_on(trainer, folder, show=show)
     page = write_report(folder)
     print(f"{'finished' if ended else 'stopped, and saved'}: step {trainer.step_number:,}; report: {page}")
+
+
+def _world(experts: int) -> World:
+    """The processes that torchrun has started, or this one alone.
+
+    Raises:
+        ConfigError: experts shall be shared, and there are no processes, or they do not share out.
+    """
+    if "WORLD_SIZE" in os.environ or experts > 1:
+        from abyssal.train.parallel.processes import Processes
+
+        return Processes(experts)
+    from abyssal.train.world import World
+
+    return World()
 
 
 class _Progress:

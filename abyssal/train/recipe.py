@@ -36,6 +36,7 @@ from abyssal.train.generated import Conversations, Learn, Lookups, Passages
 from abyssal.train.order import Documents, Mixture, Share, Source
 from abyssal.train.schedule import Schedule
 from abyssal.train.trainer import Rules, Trainer
+from abyssal.train.world import World
 
 FOLDER = Path(__file__).parent / "recipes"
 STAGES = ("pretrain", "sft")
@@ -238,7 +239,9 @@ def _value(hint: Any, value: Any, where: str) -> Any:
     return value
 
 
-def trainer_of(recipe: Recipe, stage: str, data: Path, start: Path | None = None) -> Trainer:
+def trainer_of(
+    recipe: Recipe, stage: str, data: Path, start: Path | None = None, world: World | None = None
+) -> Trainer:
     """The trainer of a stage, at its beginning.
 
     Args:
@@ -246,6 +249,7 @@ def trainer_of(recipe: Recipe, stage: str, data: Path, start: Path | None = None
         stage: name of one of its stages.
         data: folder that `data.prepare` filled.
         start: run folder of the stage before, if this one has one.
+        world: the processes of the run; this one alone by default.
     Raises:
         ConfigError: no such stage, or it needs `start`, or the weights there are of another model.
         DataError: data is missing.
@@ -267,7 +271,7 @@ def trainer_of(recipe: Recipe, stage: str, data: Path, start: Path | None = None
     sources = {name: read.source(source) for name, source in told.sources.items()}
     mixture = Mixture(sources, {name: Share(s.weight, s.begin, s.end) for name, s in told.sources.items()})
     about = {name: asdict(source) | read.digests(source) for name, source in told.sources.items()}
-    return Trainer(model, mixture, told.rules, about)
+    return Trainer(model, mixture, told.rules, about, world)
 
 
 class _Data:

@@ -93,6 +93,9 @@ class World:
         del of
         return dict(wholes)
 
+    def close(self) -> None:
+        """Part from the other processes, at the end of the run or of what went wrong."""
+
     def save(self, run: Path, step: int, saved: Saved, kept: int = KEPT) -> Path:
         """See `checkpoint.save`."""
         return checkpoint.save(run, step, saved, kept)

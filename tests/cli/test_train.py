@@ -83,6 +83,24 @@ def test_a_stopped_run_goes_on(recipe: Path, tmp_path: Path) -> None:
     assert "other rules (schedule.steps)" in refused.stderr
 
 
+def test_torchrun_trains_on_two_processes(recipe: Path, tmp_path: Path) -> None:
+    """Only the first one talks and writes the report; one process exports what two have trained."""
+    home = tmp_path / "home" / "train" / "runs" / "small"
+    program = [sys.executable, "-c", "from abyssal.cli.main import main; main()"]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    asked = ["train", "pretrain", "--recipe", str(recipe), "--set", "pretrain.passes=2", "--experts", "2"]
+    command = [*launcher, "--no-python", "--", *program, *asked]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=250, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("finished: step 6") == 1 == done.stderr.count("step 6/6")
+    assert steps(home / "pretrain") == [1, 2, 3, 4, 5, 6]
+    assert (home / "pretrain" / "report.html").is_file()
+    out = tmp_path / "release"
+    assert "step_00000006" in abyssal("train", "export", home / "pretrain", "--out", out).stdout
+    alone = abyssal("train", "pretrain", "--recipe", recipe, "--experts", "2", code=2)
+    assert "start with torchrun" in alone.stderr
+
+
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [

@@ -6,6 +6,7 @@ counts. A matrix is orthogonalised on one process, which all send their rows of 
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -53,6 +54,8 @@ class Processes(World):
     def __init__(self, experts: int = 1):
         if "WORLD_SIZE" not in os.environ:
             raise ConfigError("no processes to run on: start with torchrun --nproc-per-node N")
+        if experts < 1 or int(os.environ["WORLD_SIZE"]) % experts:
+            raise ConfigError(f"experts over {experts} of {os.environ['WORLD_SIZE']} processes: choose a divisor")
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         if self.device == "cuda":
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
@@ -63,10 +66,7 @@ class Processes(World):
             store = dist.PrefixStore(f"attempt_{attempt}", store)  # type: ignore[attr-defined]
             backend = "nccl" if self.device == "cuda" else "gloo"
             dist.init_process_group(backend, store=store, rank=rank, world_size=size)
-        self.rank, self.size = dist.get_rank(), dist.get_world_size()
-        if experts < 1 or self.size % experts:
-            raise ConfigError(f"experts over {experts} of {self.size} processes: choose a divisor")
-        self.experts = experts
+        self.rank, self.size, self.experts = dist.get_rank(), dist.get_world_size(), experts
         self.data = init_device_mesh(self.device, (self.size,), mesh_dim_names=("data",))
         names = ("replica", "expert")
         self.grid = init_device_mesh(self.device, (self.size // experts, experts), mesh_dim_names=names)
@@ -177,6 +177,20 @@ class Processes(World):
         found = exchanged(packed, counts, [sum(each) for each in sizes], self.data.get_group())
         parts = iter(found.split([size for each in sizes for size in each]))
         return [[next(parts).view(shape) for shape in each] for each in shapes]
+
+    def close(self) -> None:
+        """Part from the other processes; whoever calls this has let go of trainer and model.
+
+        A thread of gloo drops the tensors of an operation a moment after it is over, and needs the interpreter for
+        it: at the interpreter's end that aborts the process. Destroying a group ends no thread, its last reference
+        does, and waits for it.
+        """
+        if dist.is_initialized():  # not ended by another world of the same processes
+            dist.destroy_process_group()
+        for mesh in (self.data, self.grid):  # which caches of DTensor keep
+            vars(mesh).get("_pg_registry", {}).clear()
+        vars(self).clear()
+        gc.collect()
 
     def save(self, run: Path, step: int, saved: Saved, kept: int = KEPT) -> Path:
         return shards.save(self, run, step, saved, kept)
