@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 Substrate = Literal["function", "container", "microvm", "vm"]
 SUBSTRATES: tuple[Substrate, ...] = ("function", "container", "microvm", "vm")
@@ -318,11 +318,10 @@ class Box(Protocol):
             Unsupported: the engine cannot.
         """
 
-    async def fork(self, children: Mapping[str, Path]) -> Sequence[Box]:
+    async def fork(self, ids: Sequence[str]) -> Sequence[Box]:
         """Copies of it that go on from here; random numbers, host name and machine id differ.
 
-        Args:
-            children: ids, and an empty folder of each, as for `Engine.create`.
+        Each child's own folder is the one next to this sandbox's that is named by its id.
 
         Raises:
             Unsupported: the engine cannot.
@@ -381,28 +380,37 @@ class Engine(Protocol):
         Args:
             box_id: unique on this host; names groups, mounts and sockets, so that a sweep finds leftovers.
             spec: what is asked for; the substrate is one of this engine's.
-            folder: an empty one that is the sandbox's own on the host, out of its reach.
+            folder: an empty one that is the sandbox's own on the host, out of its reach; its name is `box_id`.
         Raises:
             Unsupported: something in `spec` cannot be met.
             ImageError: the image is missing or damaged.
             Timeout: nobody answered inside.
         """
 
+    async def sweep(self, alive: frozenset[str]) -> Sequence[str]:
+        """Remove what sandboxes that are not alive left behind after a crash; returns their ids."""
+
+
+@runtime_checkable
+class Restores(Protocol):
+    """An engine that starts sandboxes from what `Box.snapshot` kept."""
+
     async def restore(self, box_id: str, spec: Spec, folder: Path, snapshot: Path) -> Box:
         """Start a sandbox from what `Box.snapshot` kept in a folder; random numbers, host name and machine id differ.
 
         Raises:
-            Unsupported: the engine cannot, or the snapshot is another engine's.
+            Unsupported: the snapshot is another engine's.
             ImageError: the snapshot is missing or damaged.
         """
+
+
+@runtime_checkable
+class Adopts(Protocol):
+    """An engine whose sandboxes outlive the process that began them."""
 
     async def adopt(self, box_id: str, spec: Spec, folder: Path) -> Box:
         """Take over a living sandbox that an earlier process of this host created with the same arguments.
 
         Raises:
-            Unsupported: the engine's sandboxes end with the process that began them.
             AgentLost: it lives no more.
         """
-
-    async def sweep(self, alive: frozenset[str]) -> Sequence[str]:
-        """Remove what sandboxes that are not alive left behind after a crash; returns their ids."""

@@ -25,7 +25,7 @@ from typing import Any, Self
 from abyssal.base.files import write_bytes
 from abyssal.sandbox import held, shapes
 from abyssal.sandbox.admission import Admission, Capacity
-from abyssal.sandbox.api import Box, Engine, Network, ProcessEvent, Spec
+from abyssal.sandbox.api import Adopts, Box, Engine, Network, ProcessEvent, Restores, Spec
 from abyssal.sandbox.errors import (
     Divergence,
     Expired,
@@ -77,12 +77,14 @@ class Edge:
         self.placement = Placement(engines, home / "probes.json")
         self.admission = Admission(capacity)
         self.pool = WarmPool([(_quiet(spec), count) for spec, count in warm], self._make_warm, self._drop_warm)
-        self._boxes = home / "boxes"
+        self._boxes, self._folders = home / "boxes", home / "live"
         self._boxes.mkdir(exist_ok=True)
+        self._folders.mkdir(exist_ok=True)
         self._live: dict[str, Live] = {}
         self._gone: dict[str, Sheet] = {}
         self._created: dict[str, tuple[str, asyncio.Task[Live]]] = {}
         self._ending: dict[str, asyncio.Task[None]] = {}
+        self._starting: set[str] = set()
         self._keeper: asyncio.Task[None] | None = None
         self.adopted: list[str] = []
         self.lost: list[str] = []
@@ -134,6 +136,10 @@ class Edge:
             if folder.name not in self._live and folder.name not in self._gone:
                 await asyncio.to_thread(shutil.rmtree, folder, ignore_errors=True)
                 self.swept.append(folder.name)
+        for folder in self._folders.iterdir():
+            if folder.name not in alive:
+                await asyncio.to_thread(shutil.rmtree, folder, ignore_errors=True)
+                self.swept.append(folder.name)
 
     async def _again(self, sheet: Sheet, folder: Path) -> Live:
         log = await asyncio.to_thread(Log, folder / "log", sheet.id)
@@ -142,7 +148,9 @@ class Edge:
         engine = self.placement.engine(sheet.engine)
         if sheet.alive:
             try:
-                box = await engine.adopt(sheet.id, sheet.spec, folder / "box")
+                if not isinstance(engine, Adopts):
+                    raise Unsupported(f"sandboxes of engine {engine.name} end with their edge")
+                box = await engine.adopt(sheet.id, sheet.spec, self._folders / sheet.id)
                 await log.append("adopt")
                 self.adopted.append(sheet.id)
             except SandboxError as error:
@@ -180,6 +188,8 @@ class Edge:
         await self.pool.close()
         await asyncio.gather(*self._ending.values(), return_exceptions=True)
         for live in self._live.values():
+            if live.recorded.box is not None and not isinstance(live.engine, Adopts):
+                await live.recorded.box.stop()  # nobody could take it over
             await live.recorded.close()
         os.close(self._lock)
 
@@ -225,13 +235,20 @@ class Edge:
                 parent=parent, digest=digest,
             )  # fmt: skip
             folder = self._boxes / box_id
+            self._starting.add(box_id)  # or a sweep would take it for a leftover
+            log: Log | None = None
             try:
                 log = await self._begin(folder, sheet, wanted.secrets, asked)
-                box = warm[1] if warm is not None else await self._start(engine, sheet, folder, wanted.snapshot)
+                box = warm[1] if warm is not None else await self._start(engine, sheet, wanted.snapshot)
+                return await self._finish(sheet, folder, engine, box, log)
             except BaseException:
+                self._starting.discard(box_id)
+                if log is not None:
+                    await log.close()
                 await self._abandon(engine, sheet, folder)
                 raise
-            return await self._finish(sheet, folder, engine, box, log)
+            finally:
+                self._starting.discard(box_id)
         except BaseException:
             self.admission.leave(spec)
             raise
@@ -239,7 +256,8 @@ class Edge:
             self.admission.started()
 
     async def _begin(self, folder: Path, sheet: Sheet, hidden: Mapping[str, str], asked: Asked) -> Log:
-        (folder / "box").mkdir(parents=True, exist_ok=True)
+        folder.mkdir(exist_ok=True)
+        (self._folders / sheet.id).mkdir(exist_ok=True)
         await asyncio.to_thread(keep_secrets, folder, hidden)
         await asyncio.to_thread(sheet.write, folder)
         log = await asyncio.to_thread(Log, folder / "log", sheet.id)
@@ -249,11 +267,14 @@ class Edge:
         )  # fmt: skip
         return log
 
-    async def _start(self, engine: Engine, sheet: Sheet, folder: Path, snapshot: str | None) -> Box:
+    async def _start(self, engine: Engine, sheet: Sheet, snapshot: str | None) -> Box:
         if snapshot is None:
-            return await engine.create(sheet.id, sheet.spec, folder / "box")
+            return await engine.create(sheet.id, sheet.spec, self._folders / sheet.id)
+        if not isinstance(engine, Restores):
+            raise Unsupported(f"engine {engine.name} cannot start from snapshots")
         source, name = snapshot.split("/")
-        return await engine.restore(sheet.id, sheet.spec, folder / "box", self._boxes / source / "snapshots" / name)
+        kept = self._boxes / source / "snapshots" / name
+        return await engine.restore(sheet.id, sheet.spec, self._folders / sheet.id, kept)
 
     async def _finish(self, sheet: Sheet, folder: Path, engine: Engine, box: Box, log: Log) -> Live:
         placed = shapes.plain(box.placed)
@@ -269,8 +290,12 @@ class Edge:
     async def _abandon(self, engine: Engine, sheet: Sheet, folder: Path) -> None:
         """Nothing stays of a creation that failed."""
         with suppress(SandboxError):
-            await engine.sweep(frozenset(self._live) | self.pool.ids)
-        await asyncio.to_thread(shutil.rmtree, folder, ignore_errors=True)
+            await engine.sweep(frozenset(self._live) | self.pool.ids | self._starting)
+        await self._remove(folder, self._folders / sheet.id)
+
+    async def _remove(self, *folders: Path) -> None:
+        for folder in folders:
+            await asyncio.to_thread(shutil.rmtree, folder, ignore_errors=True)
 
     def _new_id(self) -> str:
         return f"{self.id}-{secrets.token_hex(16)}"
@@ -278,13 +303,17 @@ class Edge:
     async def _make_warm(self, spec: Spec) -> tuple[str, Box]:
         engine = await self.placement.choose(spec)
         box_id = self._new_id()
-        folder = self._boxes / box_id / "box"
-        folder.mkdir(parents=True)
-        return box_id, await engine.create(box_id, kind(spec), folder)
+        folder = self._folders / box_id
+        folder.mkdir()
+        self._starting.add(box_id)
+        try:
+            return box_id, await engine.create(box_id, kind(spec), folder)
+        finally:
+            self._starting.discard(box_id)
 
     async def _drop_warm(self, box_id: str, box: Box) -> None:
         await box.stop()
-        await asyncio.to_thread(shutil.rmtree, self._boxes / box_id, ignore_errors=True)
+        await self._remove(self._folders / box_id)
 
     def _snapshot(self, snapshot: str) -> Live:
         source = self._live.get(snapshot.split("/")[0])
@@ -302,6 +331,7 @@ class Edge:
                 await self.admission.enter(spec)
                 ids.append(self._new_id())
                 self.admission.started()
+            self._starting |= set(ids)
             folders = {box_id: self._boxes / box_id for box_id in ids}
             logs: dict[str, Log] = {}
             now = time.time()
@@ -314,14 +344,16 @@ class Edge:
                 log = await self._begin(folders[box_id], sheets[box_id], {}, Asked())
                 log.incarnation = parent.recorded.log.incarnation
                 logs[box_id] = log
-            boxes = await parent.box.fork({box_id: folder / "box" for box_id, folder in folders.items()})
+            boxes = await parent.box.fork(ids)
         except BaseException:
+            self._starting -= set(ids)
             for box_id in ids:
                 self.admission.leave(spec)
-                await asyncio.to_thread(shutil.rmtree, self._boxes / box_id, ignore_errors=True)
+                await self._remove(self._boxes / box_id, self._folders / box_id)
             raise
         for box_id, box in zip(ids, boxes, strict=True):
             await self._finish(sheets[box_id], folders[box_id], parent.engine, box, logs[box_id])
+        self._starting -= set(ids)
         return ids
 
     # the end of a sandbox
@@ -341,8 +373,7 @@ class Edge:
         head = await live.end(record, actor, res)
         await asyncio.to_thread(self._keep_head, live.sheet.id, head)
         await live.change(status="expired" if record == "expire" else "gone", head=head)
-        await asyncio.to_thread(shutil.rmtree, live.folder / "box", ignore_errors=True)
-        await asyncio.to_thread(shutil.rmtree, live.folder / "snapshots", ignore_errors=True)
+        await self._remove(self._folders / live.sheet.id, live.folder / "snapshots")
         self._gone[live.sheet.id] = live.sheet
         del self._live[live.sheet.id]
         del self._ending[live.sheet.id]

@@ -104,7 +104,7 @@ class Crashes(RuleBasedStateMachine):
 
     def check(self) -> None:
         (folder,) = (self.home / "boxes").iterdir()
-        work = folder / "box" / "work"
+        work = self.home / "live" / folder.name / "work"
         for name, ops in (("f", ("append", "slow", "two")), ("g", ("two",))):
             path = work / name
             lines = [int(line) for line in path.read_text().splitlines()] if path.exists() else []

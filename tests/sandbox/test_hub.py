@@ -193,7 +193,7 @@ def test_leaving_stops_what_was_created_and_not_detached(tmp_path: Path) -> None
                 assert (await (await hub.attach(kept)).files.read("f")) == b"x\n"
         head = read_log(tmp_path / "boxes" / stopped.id / "log").head
         assert head in (tmp_path / "heads.jsonl").read_text()
-        assert not (tmp_path / "boxes" / stopped.id / "box").exists()
+        assert not (tmp_path / "live" / stopped.id).exists()
 
     run(work())
 
@@ -231,12 +231,13 @@ def test_what_does_not_live_is_lost_and_leftovers_are_swept(tmp_path: Path) -> N
             sb = await hub.create("container")
             await sb.run("echo kept")
             sb.detach()
-        work_folder = tmp_path / "boxes" / sb.id / "box" / "work"
+        work_folder = tmp_path / "live" / sb.id / "work"
         work_folder.rmdir()
-        (tmp_path / "boxes" / "nobody" / "box").mkdir(parents=True)
+        (tmp_path / "boxes" / "nobody").mkdir()
+        (tmp_path / "live" / "nothing").mkdir()
         async with opened(tmp_path) as edge, Sandboxes(edge) as hub:
             assert edge.lost == [sb.id]
-            assert edge.swept == ["nobody"]
+            assert sorted(edge.swept) == sorted(["nobody", "nothing", sb.id])
             again = await hub.attach(sb.id, stream="main")
             assert (await again.run("echo kept")).text == "kept\n"
             with pytest.raises(SandboxLost):
@@ -263,13 +264,13 @@ def test_forks_and_groups(tmp_path: Path) -> None:
         counter = await sb.start("while :; do echo x >> ticks; sleep 0.02; done")
         await asyncio.sleep(0.3)
         assert set(await hub.pause("job", "g")) == {sb.id, *(kid.id for kid in kids)}
-        size = (tmp_path / "boxes" / sb.id / "box" / "work" / "ticks").stat().st_size
+        size = (tmp_path / "live" / sb.id / "work" / "ticks").stat().st_size
         await asyncio.sleep(0.3)
-        assert (tmp_path / "boxes" / sb.id / "box" / "work" / "ticks").stat().st_size == size
+        assert (tmp_path / "live" / sb.id / "work" / "ticks").stat().st_size == size
         assert (await sb.info())["status"] == "paused"
         await hub.resume("job", "g")
         await asyncio.sleep(0.3)
-        assert (tmp_path / "boxes" / sb.id / "box" / "work" / "ticks").stat().st_size > size
+        assert (tmp_path / "live" / sb.id / "work" / "ticks").stat().st_size > size
         await hub.stop("job", "g")
         assert not await hub.list(job="g")
         with pytest.raises(NotFound):
@@ -289,7 +290,7 @@ def test_what_cannot_be_met_is_refused(tmp_path: Path) -> None:
         with pytest.raises(Unsupported, match="engine process knows the image host"):
             await hub.create("container", image="debian-py")
         assert not (await hub.capabilities())["used"]["sandboxes"]
-        assert not list((tmp_path / "boxes").iterdir())
+        assert not list((tmp_path / "boxes").iterdir()) + list((tmp_path / "live").iterdir())
         sb = await hub.create("container")
         with pytest.raises(Unsupported, match="memory"):
             await sb.snapshot(memory=True)
@@ -382,7 +383,7 @@ def test_warm_boxes_leave_nothing(tmp_path: Path) -> None:
                 assert (await sb.run("echo hi")).text == "hi\n"
                 assert (await hub.create("container", env={"X": "y"})).id not in ids
                 await edge.pool.full()
-        assert all((folder / "sandbox.json").exists() for folder in (tmp_path / "boxes").iterdir())
+        assert not list((tmp_path / "live").iterdir())
 
     run(work())
 

@@ -107,10 +107,11 @@ class ProcessBox:
         with open(folder / LAYER, "rb") as file:
             return {"layer": hashlib.file_digest(file, "sha256").hexdigest()}
 
-    async def fork(self, children: Mapping[str, Path]) -> Sequence[Box]:
-        for folder in children.values():
+    async def fork(self, ids: Sequence[str]) -> Sequence[Box]:
+        folders = {box_id: self.folder.with_name(box_id) for box_id in ids}
+        for folder in folders.values():
             await asyncio.to_thread(shutil.copytree, self.folder, folder, symlinks=True, dirs_exist_ok=True)
-        return [ProcessBox(box_id, self.spec, folder) for box_id, folder in children.items()]
+        return [ProcessBox(box_id, self.spec, folder) for box_id, folder in folders.items()]
 
     async def set_network(self, network: Network) -> None:
         raise Unsupported("engine process cannot hold a network policy")
