@@ -333,6 +333,7 @@ def test_replay_compares(tmp_path: Path) -> None:
         await sb.files.list()
         with pytest.raises(NotFound):
             await sb.files.read("none")
+        await sb.files.download_tree(".", tmp_path / "down")
         snap = await sb.snapshot()
         await sb.run("echo later > out")
         t = await sb.start("cat", stdin=True)
@@ -343,13 +344,13 @@ def test_replay_compares(tmp_path: Path) -> None:
         found = await rerun(hub.service, sb.id)
         verdicts = [row.verdict for row in found.rows]
         assert verdicts == [
-            "equal", "equal", "different", "different", "equal", "equal", "equal", "not comparable", "equal",
+            "equal", "equal", "different", "different", "equal", "equal", "equal", "equal", "not comparable", "equal",
             "not comparable", "not comparable",
         ]  # fmt: skip
         found = await rerun(hub.service, sb.id, normalisers=["clocks"])
         assert found.rows[3].verdict == "equal"
         await sb.stop()
-        assert (await rerun(hub.service, sb.id)).count("equal") == 6  # the log is enough
+        assert (await rerun(hub.service, sb.id)).count("equal") == 7  # the log is enough
         assert snap.digests["layer"]
 
     with_hub(tmp_path, work)
