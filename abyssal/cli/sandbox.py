@@ -14,7 +14,8 @@ import typer
 from abyssal.base.errors import InputError
 
 if TYPE_CHECKING:
-    from abyssal.sandbox.hub import Sandbox, Sandboxes
+    from abyssal.sandbox.hub import Sandboxes
+    from abyssal.sandbox.sandbox import Sandbox
 
 sandbox = typer.Typer(help="Sandboxes: run, serve, logs, replay.", no_args_is_help=True)
 TOKEN = "ABYSSAL_SANDBOX_TOKEN"

@@ -17,7 +17,6 @@ import secrets
 import shutil
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self
@@ -25,32 +24,26 @@ from typing import Any, Self
 from abyssal.base.files import write_bytes
 from abyssal.sandbox import held, shapes
 from abyssal.sandbox.admission import Admission, Capacity
-from abyssal.sandbox.api import Adopts, Box, Engine, Network, ProcessEvent, Restores, Spec
+from abyssal.sandbox.api import Adopts, Engine, Network, ProcessEvent, Spec
 from abyssal.sandbox.errors import (
     Divergence,
     Expired,
-    ImageError,
     NotFound,
     PolicyDenied,
     Rejected,
-    SandboxError,
-    Unsupported,
 )
 from abyssal.sandbox.held import Sheet
-from abyssal.sandbox.live import Live, keep_secrets
+from abyssal.sandbox.live import Live
 from abyssal.sandbox.log.blobs import Kept
 from abyssal.sandbox.log.reader import operations, read_log
 from abyssal.sandbox.log.records import canonical, sha256
-from abyssal.sandbox.log.writer import Log
+from abyssal.sandbox.nursery import Nursery, quiet
 from abyssal.sandbox.operation import Asked
 from abyssal.sandbox.placement import Placement
-from abyssal.sandbox.pool import WarmPool, kind
 from abyssal.sandbox.service import JSON, Answer, Begun, Wanted
 
 logger = logging.getLogger("abyssal.sandbox")
 TICK_S = 0.25
-# so that a rerun has a chance to come out equal (sandbox.md 6)
-QUIET_ENV = {"TZ": "UTC", "LANG": "C.UTF-8", "PYTHONHASHSEED": "0"}
 
 
 class Edge:
@@ -76,15 +69,12 @@ class Edge:
         self._key = _once(home / "log.key", lambda: secrets.token_bytes(32))
         self.placement = Placement(engines, home / "probes.json")
         self.admission = Admission(capacity)
-        self.pool = WarmPool([(_quiet(spec), count) for spec, count in warm], self._make_warm, self._drop_warm)
-        self._boxes, self._folders = home / "boxes", home / "live"
-        self._boxes.mkdir(exist_ok=True)
-        self._folders.mkdir(exist_ok=True)
-        self._live: dict[str, Live] = {}
+        self._nursery = Nursery(self.id, home, self._key, self.placement, self.admission, warm, self._permit)
+        self.pool, self._live = self._nursery.pool, self._nursery.live
+        self._boxes, self._folders = self._nursery.boxes, self._nursery.folders
         self._gone: dict[str, Sheet] = {}
         self._created: dict[str, tuple[str, asyncio.Task[Live]]] = {}
         self._ending: dict[str, asyncio.Task[None]] = {}
-        self._starting: set[str] = set()
         self._keeper: asyncio.Task[None] | None = None
         self.adopted: list[str] = []
         self.lost: list[str] = []
@@ -128,7 +118,7 @@ class Edge:
             if sheet.status in ("gone", "expired"):
                 self._gone[sheet.id] = sheet
             elif sheet.status != "creating":  # nobody was told of such a one, so it is a leftover
-                self._enter(await self._again(sheet, folder))
+                self._enter(await self._nursery.again(sheet, folder))
         alive = frozenset(name for name, live in self._live.items() if live.sheet.alive)
         for engine in self.placement.engines:
             self.swept += await engine.sweep(alive)
@@ -141,30 +131,12 @@ class Edge:
                 await asyncio.to_thread(shutil.rmtree, folder, ignore_errors=True)
                 self.swept.append(folder.name)
 
-    async def _again(self, sheet: Sheet, folder: Path) -> Live:
-        log = await asyncio.to_thread(Log, folder / "log", sheet.id)
-        box: Box | None = None
-        why = sheet.why
-        engine = self.placement.engine(sheet.engine)
-        if sheet.alive:
-            try:
-                if not isinstance(engine, Adopts):
-                    raise Unsupported(f"sandboxes of engine {engine.name} end with their edge")
-                box = await engine.adopt(sheet.id, sheet.spec, self._folders / sheet.id)
-                await log.append("adopt")
-                self.adopted.append(sheet.id)
-            except SandboxError as error:
-                why = str(error)
-        if box is None and sheet.status != "lost":
-            await log.append("agent.lost", res={"type": "AgentLost", "cause": "unknown", "message": why})
-            self.lost.append(sheet.id)
-        live = Live(sheet, folder, engine, box, log, self._key, self._fork, self._permit)
-        if box is None:
-            await live.change(status="lost", why=why)
-        return live
-
     def _enter(self, live: Live) -> None:
         self._live[live.sheet.id] = live
+        if live.recorded.box is not None:
+            self.adopted.append(live.sheet.id)
+        elif live.newly_lost:
+            self.lost.append(live.sheet.id)
         self.admission.take(live.sheet.spec)
         if live.sheet.op_id is not None:
             task: asyncio.Task[Live] = asyncio.create_task(_ready(live))
@@ -196,7 +168,7 @@ class Edge:
     # creation
 
     async def create(self, wanted: Wanted, asked: Asked) -> JSON:
-        wanted = replace(wanted, spec=_quiet(shapes.spec(shapes.plain(wanted.spec))))
+        wanted = replace(wanted, spec=quiet(shapes.spec(shapes.plain(wanted.spec))))
         self._permit(wanted.spec.network)
         digest = sha256(canonical({"spec": shapes.plain(wanted.spec), "snapshot": wanted.snapshot}))
         known = self._created.get(asked.op_id) if asked.op_id is not None else None
@@ -206,7 +178,7 @@ class Edge:
                     0, known[0], digest, f"{asked.op_id} created another sandbox before: take another name"
                 )
             return (await asyncio.shield(known[1])).sheet.info()
-        task = asyncio.create_task(self._create(wanted, asked, digest))
+        task = asyncio.create_task(self._nursery.create(wanted, asked, digest))
         if asked.op_id is not None:
             self._created[asked.op_id] = (digest, task)
             task.add_done_callback(lambda done: self._forget(asked.op_id or "", done))
@@ -219,142 +191,6 @@ class Edge:
     def _forget(self, op_id: str, done: asyncio.Task[Live]) -> None:
         if done.cancelled() or done.exception() is not None:  # a refused creation may be tried again
             self._created.pop(op_id, None)
-
-    async def _create(self, wanted: Wanted, asked: Asked, digest: str) -> Live:
-        spec = wanted.spec
-        source = None if wanted.snapshot is None else self._snapshot(wanted.snapshot)
-        engine = await self.placement.choose(spec, source.sheet.engine if source is not None else wanted.engine)
-        await self.admission.enter(spec)
-        try:
-            warm = None if source is not None else self.pool.take(spec)
-            box_id = self._new_id() if warm is None else warm[0]
-            now = time.time()
-            parent = None if source is None else {"snapshot": wanted.snapshot, **_tip(source)}
-            sheet = Sheet(
-                box_id, spec, engine.name, "creating", now, now + spec.ttl, op_id=asked.op_id, actor=asked.actor,
-                parent=parent, digest=digest,
-            )  # fmt: skip
-            folder = self._boxes / box_id
-            self._starting.add(box_id)  # or a sweep would take it for a leftover
-            log: Log | None = None
-            try:
-                log = await self._begin(folder, sheet, wanted.secrets, asked)
-                box = warm[1] if warm is not None else await self._start(engine, sheet, wanted.snapshot)
-                return await self._finish(sheet, folder, engine, box, log)
-            except BaseException:
-                self._starting.discard(box_id)
-                if log is not None:
-                    await log.close()
-                await self._abandon(engine, sheet, folder)
-                raise
-            finally:
-                self._starting.discard(box_id)
-        except BaseException:
-            self.admission.leave(spec)
-            raise
-        finally:
-            self.admission.started()
-
-    async def _begin(self, folder: Path, sheet: Sheet, hidden: Mapping[str, str], asked: Asked) -> Log:
-        folder.mkdir(exist_ok=True)
-        (self._folders / sheet.id).mkdir(exist_ok=True)
-        await asyncio.to_thread(keep_secrets, folder, hidden)
-        await asyncio.to_thread(sheet.write, folder)
-        log = await asyncio.to_thread(Log, folder / "log", sheet.id)
-        await log.append(
-            "create", actor=asked.actor, rollout=asked.rollout, parent=sheet.parent,
-            req={"spec": shapes.plain(sheet.spec), "engine": sheet.engine},
-        )  # fmt: skip
-        return log
-
-    async def _start(self, engine: Engine, sheet: Sheet, snapshot: str | None) -> Box:
-        if snapshot is None:
-            return await engine.create(sheet.id, sheet.spec, self._folders / sheet.id)
-        if not isinstance(engine, Restores):
-            raise Unsupported(f"engine {engine.name} cannot start from snapshots")
-        source, name = snapshot.split("/")
-        kept = self._boxes / source / "snapshots" / name
-        return await engine.restore(sheet.id, sheet.spec, self._folders / sheet.id, kept)
-
-    async def _finish(self, sheet: Sheet, folder: Path, engine: Engine, box: Box, log: Log) -> Live:
-        placed = shapes.plain(box.placed)
-        log.incarnation += 1
-        if sheet.parent is not None and "snapshot" in sheet.parent:
-            log.add("restore", res={"snapshot": sheet.parent["snapshot"]})
-        await log.append("ready", res=placed)
-        live = Live(sheet, folder, engine, box, log, self._key, self._fork, self._permit)
-        await live.change(status="running", placed=box.placed)
-        self._live[sheet.id] = live
-        return live
-
-    async def _abandon(self, engine: Engine, sheet: Sheet, folder: Path) -> None:
-        """Nothing stays of a creation that failed."""
-        with suppress(SandboxError):
-            await engine.sweep(frozenset(self._live) | self.pool.ids | self._starting)
-        await self._remove(folder, self._folders / sheet.id)
-
-    async def _remove(self, *folders: Path) -> None:
-        for folder in folders:
-            await asyncio.to_thread(shutil.rmtree, folder, ignore_errors=True)
-
-    def _new_id(self) -> str:
-        return f"{self.id}-{secrets.token_hex(16)}"
-
-    async def _make_warm(self, spec: Spec) -> tuple[str, Box]:
-        engine = await self.placement.choose(spec)
-        box_id = self._new_id()
-        folder = self._folders / box_id
-        folder.mkdir()
-        self._starting.add(box_id)
-        try:
-            return box_id, await engine.create(box_id, kind(spec), folder)
-        finally:
-            self._starting.discard(box_id)
-
-    async def _drop_warm(self, box_id: str, box: Box) -> None:
-        await box.stop()
-        await self._remove(self._folders / box_id)
-
-    def _snapshot(self, snapshot: str) -> Live:
-        source = self._live.get(snapshot.split("/")[0])
-        if source is None or snapshot not in source.sheet.snapshots:
-            raise ImageError(f"no snapshot {snapshot} on this edge: its sandbox has to be there still")
-        return source
-
-    async def _fork(self, parent: Live, count: int) -> Sequence[str]:
-        if "fork" not in parent.box.features:
-            raise Unsupported(f"engine {parent.engine.name} cannot fork")
-        ids: list[str] = []
-        spec, tip = parent.sheet.spec, _tip(parent)
-        try:
-            for _ in range(count):
-                await self.admission.enter(spec)
-                ids.append(self._new_id())
-                self.admission.started()
-            self._starting |= set(ids)
-            folders = {box_id: self._boxes / box_id for box_id in ids}
-            logs: dict[str, Log] = {}
-            now = time.time()
-            sheets = {
-                box_id: Sheet(box_id, spec, parent.engine.name, "creating", now, now + spec.ttl,
-                              actor=parent.sheet.actor, parent=tip)
-                for box_id in ids
-            }  # fmt: skip
-            for box_id in ids:
-                log = await self._begin(folders[box_id], sheets[box_id], {}, Asked())
-                log.incarnation = parent.recorded.log.incarnation
-                logs[box_id] = log
-            boxes = await parent.box.fork(ids)
-        except BaseException:
-            self._starting -= set(ids)
-            for box_id in ids:
-                self.admission.leave(spec)
-                await self._remove(self._boxes / box_id, self._folders / box_id)
-            raise
-        for box_id, box in zip(ids, boxes, strict=True):
-            await self._finish(sheets[box_id], folders[box_id], parent.engine, box, logs[box_id])
-        self._starting -= set(ids)
-        return ids
 
     # the end of a sandbox
 
@@ -373,7 +209,7 @@ class Edge:
         head = await live.end(record, actor, res)
         await asyncio.to_thread(self._keep_head, live.sheet.id, head)
         await live.change(status="expired" if record == "expire" else "gone", head=head)
-        await self._remove(self._folders / live.sheet.id, live.folder / "snapshots")
+        await self._nursery.remove(self._folders / live.sheet.id, live.folder / "snapshots")
         self._gone[live.sheet.id] = live.sheet
         del self._live[live.sheet.id]
         del self._ending[live.sheet.id]
@@ -522,15 +358,6 @@ class Edge:
 
 def _has(sheet: Sheet, labels: Mapping[str, str]) -> bool:
     return all(sheet.spec.labels.get(name) == value for name, value in labels.items())
-
-
-def _tip(live: Live) -> dict[str, Any]:
-    log = live.recorded.log
-    return {"sandbox": live.sheet.id, "seq": log.next_seq - 1, "hash": log.head}
-
-
-def _quiet(spec: Spec) -> Spec:
-    return replace(spec, env={**QUIET_ENV, **spec.env})
 
 
 async def _ready(live: Live) -> Live:

@@ -36,6 +36,8 @@ class Live:
         key: of this host, for tags of secrets.
         fork: the edge's part in forks.
         permit: raises for network policies that the host does not permit.
+    Attributes:
+        newly_lost: whether it lived when the last edge saw it.
     """
 
     def __init__(
@@ -50,6 +52,7 @@ class Live:
         permit: Callable[[Network], None],
     ):
         self.sheet, self.folder, self.engine = sheet, folder, engine
+        self.newly_lost = False
         self._fork, self._permit = fork, permit
         extra = {
             "pause": self._pause, "resume": self._resume, "snapshot": self._snapshot, "fork": self._forked,

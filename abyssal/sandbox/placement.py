@@ -12,7 +12,7 @@ from abyssal.base.files import write_json
 from abyssal.sandbox.api import STRENGTH, Engine, Placed, Probe, Require, Spec
 from abyssal.sandbox.errors import Unsupported
 
-PROBE_S = 60.0
+PROBE_S = 180.0  # a machine's first start unpacks a kernel and may be emulated
 BOOT = Path("/proc/sys/kernel/random/boot_id")
 
 

@@ -20,7 +20,8 @@ from types import TracebackType
 from typing import Any, Self
 
 from abyssal.sandbox.handles import Running, SandboxFiles, Session
-from abyssal.sandbox.hub import Sandbox, Sandboxes
+from abyssal.sandbox.hub import Sandboxes
+from abyssal.sandbox.sandbox import Sandbox
 from abyssal.sandbox.service import Service
 
 _MIRRORED = (Sandboxes, Sandbox, Running, Session, SandboxFiles)

@@ -13,7 +13,8 @@ from abyssal.sandbox.engines.process import ProcessEngine
 from abyssal.sandbox.errors import OutcomeUnknown
 from abyssal.sandbox.http.client import HttpService
 from abyssal.sandbox.http.run import serve, unix_socket
-from abyssal.sandbox.hub import Sandbox, Sandboxes
+from abyssal.sandbox.hub import Sandboxes
+from abyssal.sandbox.sandbox import Sandbox
 
 SOCKET = "edge.sock"
 

@@ -50,6 +50,8 @@ def test_commands(sandbox: Any) -> None:
     assert sandbox.commands.connect(handle.pid).wait().stdout == "all"
     handle = sandbox.commands.run("sleep 60", background=True)
     assert sandbox.commands.kill(handle.pid)
+    with pytest.raises(e2b.CommandExitException):
+        handle.wait()
     assert not sandbox.commands.kill(handle.pid)
     assert not sandbox.commands.kill(99999)
 

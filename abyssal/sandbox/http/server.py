@@ -23,6 +23,7 @@ from abyssal.sandbox.http import routes
 from abyssal.sandbox.http.access import Access, Caller, Project, Unauthorised
 from abyssal.sandbox.http.bodies import body, body_json, check, exec_request
 from abyssal.sandbox.http.e2b import E2b
+from abyssal.sandbox.http.envd import Envd
 from abyssal.sandbox.http.gate import Gate
 from abyssal.sandbox.http.metrics import Metrics
 from abyssal.sandbox.http.routes import ROUTES, Route
@@ -79,6 +80,7 @@ class SandboxServer:
             HttpRoute("/metrics", self._guarded(self._metrics), methods=["GET"]),
             WebSocketRoute(f"{_OWN}/tty", lambda socket: terminal(self.gate, socket)),
             *E2b(self.gate).routes(),
+            *Envd(self.gate).routes(),
         ]
         return Starlette(routes=table)
 
