@@ -107,7 +107,7 @@ def doctor(home: Home = None, allow_unsafe: Unsafe = False, json_out: Json = Fal
 
     folder = edge_home(home)
     folder.mkdir(parents=True, exist_ok=True)
-    placement = Placement(installed(allow_unsafe=allow_unsafe), folder / "probes.json")
+    placement = Placement(installed(folder / "engines", allow_unsafe=allow_unsafe), folder / "probes.json")
 
     async def work() -> dict[str, Any]:
         found = {engine.name: await placement.probe(engine, again=True) for engine in placement.engines}
@@ -182,9 +182,9 @@ def serve(
 
     async def work() -> None:
         room = Capacity(memory=total, sandboxes=sandboxes, per_job=per_job)
-        edge = await Edge.open(
-            edge_home(home), installed(allow_unsafe=allow_unsafe), capacity=room, warm=kinds, open_network=open_network
-        )
+        folder = edge_home(home)
+        engines = installed(folder / "engines", allow_unsafe=allow_unsafe)
+        edge = await Edge.open(folder, engines, capacity=room, warm=kinds, open_network=open_network)
         try:
             if socket_path is not None:
                 listening, where = unix_socket(socket_path), str(socket_path)

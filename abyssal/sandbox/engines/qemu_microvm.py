@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from abyssal.sandbox.api import Limits
+from abyssal.sandbox.api import Limits, Substrate
 from abyssal.sandbox.vm import qemu
 from abyssal.sandbox.vm.clock import counter_khz
 from abyssal.sandbox.vm.engine import MachineEngine
@@ -17,7 +17,7 @@ class QemuMicrovmEngine(MachineEngine):
     """See `Engine`."""
 
     name = "qemu-microvm"
-    substrates = ("microvm",)
+    substrates: tuple[Substrate, ...] = ("microvm",)
 
     def _hardware(self, guest: Kernel, first: Path, base: Hardware, limits: Limits) -> Hardware:
         names = ",".join(f"L{index}" for index in range(len(base.layers)))

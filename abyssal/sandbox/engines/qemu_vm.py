@@ -10,7 +10,7 @@ import hashlib
 from dataclasses import replace
 from pathlib import Path
 
-from abyssal.sandbox.api import Limits
+from abyssal.sandbox.api import Limits, Substrate
 from abyssal.sandbox.vm import disks, qemu
 from abyssal.sandbox.vm.clock import counter_khz
 from abyssal.sandbox.vm.engine import MachineEngine
@@ -22,7 +22,7 @@ class QemuVmEngine(MachineEngine):
     """See `Engine`."""
 
     name = "qemu-vm"
-    substrates = ("vm",)
+    substrates: tuple[Substrate, ...] = ("vm",)
 
     def _hardware(self, guest: Kernel, first: Path, base: Hardware, limits: Limits) -> Hardware:
         lowest, *others = base.layers

@@ -2,18 +2,32 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from abyssal.sandbox.api import Engine
 
 
-def installed(*, allow_unsafe: bool = False) -> list[Engine]:
+def installed(state: Path, *, allow_unsafe: bool = False) -> list[Engine]:
     """All of them; whether one runs on this host is what its probe is for.
 
     Args:
+        state: folder of images, kernels and programs that engines build.
         allow_unsafe: also the engine `process`, which is no sandbox and comes last.
     """
-    found: list[Engine] = []
-    if allow_unsafe:
-        from abyssal.sandbox.engines.process import ProcessEngine
+    from abyssal.sandbox.engines.bwrap import BwrapEngine
+    from abyssal.sandbox.engines.gvisor import GvisorEngine
+    from abyssal.sandbox.engines.pool import PoolEngine
+    from abyssal.sandbox.engines.process import ProcessEngine
+    from abyssal.sandbox.engines.qemu_microvm import QemuMicrovmEngine
+    from abyssal.sandbox.engines.qemu_vm import QemuVmEngine
+    from abyssal.sandbox.engines.runc import RuncEngine
 
+    runc = RuncEngine(state)
+    # gVisor comes last: its stronger boundary costs time, and is for those who ask for it
+    found: list[Engine] = [
+        PoolEngine(state, runc), runc, BwrapEngine(state), GvisorEngine(state),
+        QemuMicrovmEngine(state), QemuVmEngine(state),
+    ]  # fmt: skip
+    if allow_unsafe:
         found.append(ProcessEngine(allow_unsafe=True))
     return found

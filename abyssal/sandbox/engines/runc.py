@@ -78,6 +78,15 @@ class RuncEngine:
         image = await asyncio.to_thread(self._image, spec.image)
         return await whole(self._create(box_id, spec, folder, image))
 
+    async def restore(self, box_id: str, spec: Spec, folder: Path, snapshot: Path) -> Box:
+        check(self.name, self.substrates, self.placed, spec)
+        layer = snapshot / "layer.erofs"
+        if not layer.is_file():
+            raise ImageError(f"no layer of a container lies in {snapshot}")
+        image = await asyncio.to_thread(self._image, spec.image)
+        added = await asyncio.to_thread(self.store.add, layer)
+        return await whole(self._create(box_id, spec, folder, _grown(image, added)))
+
     def _image(self, name: str) -> Image:
         if name != "host":
             return self.store.get(name)
@@ -108,7 +117,7 @@ class RuncEngine:
             await self._end(box_id, folder, group)
 
         async def copy(new_id: str, layer: Path) -> Box:
-            grown = replace(image, workspace=(*image.layers[len(image.base) :], self.store.add(layer)), toolkit=())
+            grown = _grown(image, self.store.add(layer))
             new_folder = folder.parent / new_id
             new_folder.mkdir(exist_ok=True)
             return await self._create(new_id, spec, new_folder, grown)
@@ -162,3 +171,8 @@ class RuncEngine:
         for box_id in gone:
             await self._end(box_id, found[box_id], Group(box_id, self._hierarchies))
         return gone
+
+
+def _grown(image: Image, layer: str) -> Image:
+    """The image with a layer on top; workspace and toolkit below it can no more be told apart."""
+    return replace(image, workspace=(*image.layers[len(image.base) :], layer), toolkit=())

@@ -111,5 +111,5 @@ async def _serve(folder: Path, unsafe: bool) -> None:
     from abyssal.sandbox.engines.registry import installed
     from abyssal.sandbox.http.run import serve, unix_socket
 
-    edge = await Edge.open(folder, installed(allow_unsafe=unsafe))
+    edge = await Edge.open(folder, installed(folder / "engines", allow_unsafe=unsafe))
     await serve(edge, unix_socket(folder / SOCKET), linger=LINGER_S)

@@ -14,7 +14,7 @@ from abyssal.sandbox import agent_process, wire
 from abyssal.sandbox.agent import Agent, Hello
 from abyssal.sandbox.agent_files import AgentFiles
 from abyssal.sandbox.agent_process import AgentProcess
-from abyssal.sandbox.api import Command, Feature, Limits, Network, Placed, Spec, Usage
+from abyssal.sandbox.api import Command, Feature, Files, Limits, Network, Placed, Spec, Usage
 from abyssal.sandbox.engines.bundle import RUN, claim
 from abyssal.sandbox.errors import AgentLost, Cause, Timeout, Unsupported
 from abyssal.sandbox.host.cgroups import Group
@@ -73,7 +73,7 @@ class VmBox:
         self.id, self.placed, self.features = box_id, origin.placed, FEATURES
         self._origin, self._folder, self._machine, self._group = origin, folder, machine, group
         self._agent: Agent
-        self.files: AgentFiles
+        self.files: Files
         self._spent = Usage()
         self._lock = asyncio.Lock()
 
