@@ -24,6 +24,7 @@ Home = Annotated[Path | None, typer.Option(help="Folder of this host's edge; def
 Url = Annotated[str | None, typer.Option(help="A server instead of this host, as http://host:port.")]
 Token = Annotated[str | None, typer.Option(help="Its token.", envvar=TOKEN)]
 Json = Annotated[bool, typer.Option("--json", help="JSON on stdout.")]
+Engines = Annotated[list[str] | None, typer.Option("--engine", help="Only this engine; may be repeated.")]
 Unsafe = Annotated[bool, typer.Option(help="Also the engine `process`, which isolates nothing; for tests.")]
 
 
@@ -97,7 +98,7 @@ def run(
 
 
 @sandbox.command()
-def doctor(home: Home = None, allow_unsafe: Unsafe = False, json_out: Json = False) -> None:
+def doctor(engine: Engines = None, home: Home = None, allow_unsafe: Unsafe = False, json_out: Json = False) -> None:
     """Start something real in every engine of this host, and say what works and what is missing."""
     from abyssal.sandbox.api import SUBSTRATES
     from abyssal.sandbox.engines.registry import installed
@@ -107,10 +108,12 @@ def doctor(home: Home = None, allow_unsafe: Unsafe = False, json_out: Json = Fal
 
     folder = edge_home(home)
     folder.mkdir(parents=True, exist_ok=True)
-    placement = Placement(installed(folder / "engines", allow_unsafe=allow_unsafe), folder / "probes.json")
+    placement = Placement(
+        installed(folder / "engines", allow_unsafe=allow_unsafe, names=engine or ()), folder / "probes.json"
+    )
 
     async def work() -> dict[str, Any]:
-        found = {engine.name: await placement.probe(engine, again=True) for engine in placement.engines}
+        found = {each.name: await placement.probe(each, again=True) for each in placement.engines}
         return {
             "engines": [
                 {"name": engine.name, "substrates": list(engine.substrates), "features": sorted(engine.features),
@@ -128,16 +131,16 @@ def doctor(home: Home = None, allow_unsafe: Unsafe = False, json_out: Json = Fal
     if json_out:
         print(json.dumps(report))
         return
-    for name, engine in report["substrates"].items():
-        print(f"{name:10s} {engine or 'nothing on this host can run it'}")
-    for engine in report["engines"]:
-        print(f"  {engine['name']:12s} {'works' if engine['ok'] else 'does not work'}: {engine['detail']}")
-        if engine["placed"]:
-            print(f"  {'':12s} boundary {engine['placed']['boundary']}, acceleration {engine['placed']['accel']}")
-            for missing in engine["placed"]["degraded"]:
+    for name, chosen in report["substrates"].items():
+        print(f"{name:10s} {chosen or 'nothing on this host can run it'}")
+    for found in report["engines"]:
+        print(f"  {found['name']:12s} {'works' if found['ok'] else 'does not work'}: {found['detail']}")
+        if found["placed"]:
+            print(f"  {'':12s} boundary {found['placed']['boundary']}, acceleration {found['placed']['accel']}")
+            for missing in found["placed"]["degraded"]:
                 print(f"  {'':12s} missing: {missing}")
-        if engine["remedy"]:
-            print(f"  {'':12s} remedy: {engine['remedy']}")
+        if found["remedy"]:
+            print(f"  {'':12s} remedy: {found['remedy']}")
 
 
 @sandbox.command()
@@ -156,6 +159,7 @@ def serve(
         list[str] | None, typer.Option(help="SUBSTRATE:IMAGE:COUNT to have ready; may be repeated.")
     ] = None,
     open_network: Annotated[bool, typer.Option(help="Let sandboxes ask for the network mode open.")] = False,
+    engine: Engines = None,
     home: Home = None,
     allow_unsafe: Unsafe = False,
     log_level: Annotated[str, typer.Option(help="debug, info, warning or error.")] = "info",
@@ -183,7 +187,7 @@ def serve(
     async def work() -> None:
         room = Capacity(memory=total, sandboxes=sandboxes, per_job=per_job)
         folder = edge_home(home)
-        engines = installed(folder / "engines", allow_unsafe=allow_unsafe)
+        engines = installed(folder / "engines", allow_unsafe=allow_unsafe, names=engine or ())
         edge = await Edge.open(folder, engines, capacity=room, warm=kinds, open_network=open_network)
         try:
             if socket_path is not None:

@@ -26,7 +26,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 
 def test_run(home: str) -> None:
-    unsafe = ("--home", home, "--allow-unsafe")
+    unsafe = ("--home", home, "--allow-unsafe", "--engine", "process")
     found = command("run", *unsafe, "--", "sh", "-c", "echo out; echo err >&2; exit 3")
     assert (found.returncode, found.stdout) == (3, "out\n")
     assert "err\n" in found.stderr
@@ -40,7 +40,7 @@ def test_run(home: str) -> None:
     assert found.returncode == 137
     assert command("run", *unsafe, "--substrate", "box", "--", "true").returncode == 2
     assert command("run", *unsafe, "--env", "A", "--", "true").returncode == 2
-    found = command("run", *unsafe, "--boundary", "vm-hardware", "--engine", "process", "--", "true")
+    found = command("run", *unsafe, "--boundary", "vm-hardware", "--", "true")
     assert found.returncode == 1
     assert "vm-hardware is required" in found.stderr
     found = command("run", *unsafe, "--", "no-such-program")
@@ -50,7 +50,9 @@ def test_run(home: str) -> None:
 
 def test_keep_list_log_replay_stop(home: str) -> None:
     where = ("--home", home)
-    found = command("run", *where, "--allow-unsafe", "--keep", "--", "sh", "-c", "echo kept | tee f")
+    found = command(
+        "run", *where, "--allow-unsafe", "--engine", "process", "--keep", "--", "sh", "-c", "echo kept | tee f"
+    )
     sandbox = found.stderr.splitlines()[0]
     assert command("run", *where, "--in", sandbox, "--", "cat", "f").stdout == "kept\n"
     listed = json.loads(command("ls", *where, "--json").stdout)["sandboxes"]
@@ -73,10 +75,12 @@ def test_keep_list_log_replay_stop(home: str) -> None:
 
 
 def test_doctor_and_refusals(tmp_path: Path) -> None:
-    told = json.loads(command("doctor", "--home", str(tmp_path), "--allow-unsafe", "--json").stdout)
+    only = ("--home", str(tmp_path), "--allow-unsafe", "--engine", "process")
+    told = json.loads(command("doctor", *only, "--json").stdout)
     assert set(told["substrates"]) == {"function", "container", "microvm", "vm"}
     assert [engine["ok"] for engine in told["engines"] if engine["name"] == "process"] == [True]
-    assert "process" in command("doctor", "--home", str(tmp_path), "--allow-unsafe").stdout
+    assert "process" in command("doctor", *only).stdout
+    assert "no engine is called" in command("doctor", "--engine", "none", "--home", str(tmp_path)).stderr
     found = command("serve", "--host", "0.0.0.0", "--home", str(tmp_path))
     assert found.returncode == 2
     assert "can be reached from elsewhere" in found.stderr

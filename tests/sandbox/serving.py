@@ -24,7 +24,8 @@ class Served:
 
     def start(self) -> None:
         program = [
-            sys.executable, "-c", "from abyssal.cli.main import main; main()", "sandbox", "serve", "--allow-unsafe",
+            sys.executable, "-c", "from abyssal.cli.main import main; main()", "sandbox", "serve",
+            "--allow-unsafe", "--engine", "process",
             "--home", str(self.home), "--port", str(self.port), "--log-level", "warning", *self.options,
         ]  # fmt: skip
         self._process = subprocess.Popen(program, stdout=subprocess.PIPE, text=True)

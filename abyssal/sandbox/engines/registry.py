@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from abyssal.sandbox.api import Engine
+from abyssal.sandbox.errors import Unsupported
 
 
-def installed(state: Path, *, allow_unsafe: bool = False) -> list[Engine]:
+def installed(state: Path, *, allow_unsafe: bool = False, names: Sequence[str] = ()) -> list[Engine]:
     """All of them; whether one runs on this host is what its probe is for.
 
     Args:
         state: folder of images, kernels and programs that engines build.
         allow_unsafe: also the engine `process`, which is no sandbox and comes last.
+        names: of those to offer; empty for all.
+    Raises:
+        Unsupported: a name is no engine's.
     """
     from abyssal.sandbox.engines.bwrap import BwrapEngine
     from abyssal.sandbox.engines.gvisor import GvisorEngine
@@ -30,4 +35,8 @@ def installed(state: Path, *, allow_unsafe: bool = False) -> list[Engine]:
     ]  # fmt: skip
     if allow_unsafe:
         found.append(ProcessEngine(allow_unsafe=True))
-    return found
+    unknown = set(names) - {engine.name for engine in found}
+    if unknown:
+        known = ", ".join(engine.name for engine in found)
+        raise Unsupported(f"no engine is called {', '.join(sorted(unknown))}: choose from {known}")
+    return [engine for engine in found if not names or engine.name in names]
