@@ -16,10 +16,18 @@ from abyssal.sandbox.conformance.bench import Check
 from abyssal.sandbox.conformance.escaping import CONTROLS, attempt
 from abyssal.sandbox.conformance.suite import CHECKS, missing, put
 from abyssal.sandbox.engines.bwrap import BwrapEngine
-from abyssal.sandbox.engines.gvisor import GvisorEngine
+from abyssal.sandbox.engines.gvisor import OLD, GvisorEngine
 from abyssal.sandbox.engines.runc import RuncEngine
 
 ENGINES: dict[str, Callable[[Path], Engine]] = {"runc": RuncEngine, "bwrap": BwrapEngine, "gvisor": GvisorEngine}
+
+
+# Debian's gVisor of 2022 has no ls, no reaper of orphans and no line NoNewPrivs; with it, these are held to, others skip
+HELD_BY_OLD_GVISOR = {
+    *("runs_and_tells_streams_apart", "feeds_input_and_its_end", "says_what_ended_it", "environment_and_folder"),
+    *("memory_on_the_heap", "the_same_content_has_the_same_digest", "kernel_files", "other_boxes", "no_network"),
+    "loopback_works_inside",
+}
 
 
 @pytest.fixture(scope="session")
@@ -41,6 +49,8 @@ def test_conformance(name: str, check: Check, state: Path) -> None:
         pytest.skip(f"{name}: {probe.detail} ({probe.remedy})")
     if why := missing(check, engine):
         pytest.skip(why)
+    if probe.placed is not None and OLD in probe.placed.degraded and check.name not in HELD_BY_OLD_GVISOR:
+        pytest.skip(OLD)
     asyncio.run(put(check, engine, state))
 
 

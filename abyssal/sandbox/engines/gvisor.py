@@ -13,9 +13,10 @@ from functools import cached_property
 from abyssal.sandbox.api import Boundary, Feature, Placed
 from abyssal.sandbox.engines.bundle import RUN
 from abyssal.sandbox.engines.runc import RuncEngine
+from abyssal.sandbox.host.cgroups import Group
 
-OLD = "this release of gVisor refuses AT_NO_AUTOMOUNT: ls and stat of coreutils 9 fail"
-SHARED = "memory and processes are counted with those of its kernel, which they may end"
+OLD = "this release of gVisor has no ls and stat of coreutils 9, and may leave orphans of a command running"
+SHARED = "pids-soft: counted with the threads of its kernel; who passes the memory limit ends the whole sandbox"
 
 
 class GvisorEngine(RuncEngine):
@@ -30,6 +31,7 @@ class GvisorEngine(RuncEngine):
     package = "runsc"
     boundary: Boundary = "user-kernel"
     filtered = False
+    own_pids = 256
     features: frozenset[Feature] = frozenset({"files", "stdin", "tty", "background", "pause", "snapshot", "fork"})
 
     @property
@@ -42,6 +44,11 @@ class GvisorEngine(RuncEngine):
         """How programs are caught at system calls: the fastest of this release that needs no virtual machine."""
         said = subprocess.run([self.program, "flags"], capture_output=True, text=True, check=False)
         return "systrap" if "systrap" in said.stdout + said.stderr else "ptrace"
+
+    def within(self, group: Group) -> list[str]:
+        """A shell that enters the group first: gVisor's helpers are made before its first process is known."""
+        enter = 'while [ "$1" != -- ]; do echo $$ > "$1"; shift; done; shift; exec "$@"'
+        return ["sh", "-c", enter, "sh", *(str(folder / "cgroup.procs") for folder in group.folders()), "--"]
 
     def command(self, box_id: str, *arguments: str) -> list[str]:
         options = [f"--platform={self.platform}", "--network=none", "--ignore-cgroups"]

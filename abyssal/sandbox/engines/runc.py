@@ -41,6 +41,7 @@ class RuncEngine:
     package = "runc"
     boundary: Boundary = "shared-kernel"
     filtered = True
+    own_pids = 0  # threads that the runtime itself keeps among the container's
     substrates: tuple[Substrate, ...] = ("container",)
     features: frozenset[Feature] = frozenset({"files", "stdin", "tty", "background", "pause", "snapshot", "fork"})
 
@@ -100,7 +101,7 @@ class RuncEngine:
         group: Group | None = None
         agent: Agent | None = None
         try:
-            group = Group.create(box_id, spec.limits, self._hierarchies)
+            group = Group.create(box_id, replace(spec.limits, pids=spec.limits.pids + self.own_pids), self._hierarchies)
             cores = group.cores() or math.ceil(spec.limits.cpu)
             settings = bundle.config(spec, root, image, program, cores, group.path, filtered=self.filtered)
             (folder / "config.json").write_text(json.dumps(settings))
@@ -124,6 +125,10 @@ class RuncEngine:
 
         return ContainerBox(box_id, self.placed, self.features, agent, folder, root.upper, group, end, copy)
 
+    def within(self, group: Group) -> list[str]:
+        """What comes before the runtime's command line; runc puts the container into its group by itself."""
+        return []
+
     def command(self, box_id: str, *arguments: str) -> list[str]:
         """The runtime's command line."""
         return [self.program, "--root", str(RUN / self.name), *arguments, box_id]
@@ -133,7 +138,7 @@ class RuncEngine:
         with theirs, open(folder / "runtime.log", "w+b") as log:
             pid_file = folder / "pid"
             arguments = ["run", "--detach", "--bundle", str(folder), "--pid-file", str(pid_file)]
-            command = self.command(box_id, *arguments)
+            command = [*self.within(group), *self.command(box_id, *arguments)]
             runtime = await asyncio.create_subprocess_exec(
                 *command, stdin=theirs.fileno(), stdout=theirs.fileno(), stderr=log
             )
