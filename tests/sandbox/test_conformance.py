@@ -22,7 +22,7 @@ from abyssal.sandbox.engines.runc import RuncEngine
 ENGINES: dict[str, Callable[[Path], Engine]] = {"runc": RuncEngine, "bwrap": BwrapEngine, "gvisor": GvisorEngine}
 
 
-# Debian's gVisor of 2022 has no ls, no reaper of orphans and no line NoNewPrivs; with it, these are held to, others skip
+# Debian's gVisor of 2022 has no ls, no reaper of orphans and no line NoNewPrivs: these are held to it, others skip
 HELD_BY_OLD_GVISOR = {
     *("runs_and_tells_streams_apart", "feeds_input_and_its_end", "says_what_ended_it", "environment_and_folder"),
     *("memory_on_the_heap", "the_same_content_has_the_same_digest", "kernel_files", "other_boxes", "no_network"),
