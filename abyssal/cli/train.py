@@ -7,7 +7,7 @@ import os
 import sys
 import time
 from collections.abc import Sequence
-from contextlib import ExitStack, closing
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
@@ -189,8 +189,9 @@ def _stage(
     runs = home() / "train" / "runs" / told.name
     folder, data = run or runs / stage, data or _data_folder()
     before = start or runs / told.stage(stage).start if told.stage(stage).start else None
-    with closing(_world(experts)) as world:
-        _train(told, stage, data, folder, before, world, track or ())
+    world = _world(experts)
+    _train(told, stage, data, folder, before, world, track or ())
+    world.end()
 
 
 def _train(

@@ -93,8 +93,8 @@ class World:
         del of
         return dict(wholes)
 
-    def close(self) -> None:
-        """Part from the other processes, at the end of the run or of what went wrong."""
+    def end(self) -> None:
+        """Called where a program has done its work and closed what it opened; alone it ends as any other."""
 
     def save(self, run: Path, step: int, saved: Saved, kept: int = KEPT) -> Path:
         """See `checkpoint.save`."""

@@ -26,14 +26,6 @@ from abyssal.train.trainer import Trainer, _Clock
 from abyssal.train.world import local
 from tests.faults import largest_file
 from tests.train.tiny import RULES, documents, trainer
-from tests.train.tiny_parallel import gloo_threads
-
-worlds: list[Processes] = []  # to be closed at the end
-
-
-def processes(experts: int) -> Processes:
-    worlds.append(Processes(experts))
-    return worlds[-1]
 
 
 def parameters_are_shared_out(alone: Trainer, spread: Trainer) -> None:
@@ -74,7 +66,7 @@ def short_documents_reach_no_long_block(experts: int) -> None:
     for length, reached in ((30, False), (200, True)):
         rules = replace(RULES, tokens=150 if length == 30 else 200)
         found = []
-        for world in (None, processes(experts)):
+        for world in (None, Processes(experts)):
             tiny = trainer(rules, world)
             docs = [ids[:length] if i % 2 else ids[:20] for i, ids in enumerate(documents(0)) if len(ids) > 200]
             tiny.data = Mixture({"a": Source(docs, 0, 200)}, {"a": Share(1)})
@@ -89,7 +81,7 @@ def short_documents_reach_no_long_block(experts: int) -> None:
 def tokens_find_their_experts_even_if_all_go_to_one_process(experts: int) -> None:
     """One process gets no token at all, and its experts' gradients are zero, not absent."""
     found = []
-    for world in (None, processes(experts)):
+    for world in (None, Processes(experts)):
         tiny = trainer(replace(RULES, passes=2), world)
         for block in (*tiny.model.layers, *tiny.model.mtp):
             assert isinstance(block, Block)
@@ -127,25 +119,17 @@ def a_full_disk_of_one_process_leaves_the_last_checkpoint(spread: Trainer, folde
         spread.world.load(before, spread.saved())
 
 
-def check(folder: Path) -> None:
+def main() -> None:
+    torch.set_num_threads(1)
     for experts in (1, 2):
-        alone, spread = trainer(), trainer(world=processes(experts))
+        alone, spread = trainer(), trainer(world=Processes(experts))
         parameters_are_shared_out(alone, spread)
         weights_are_rounded_as_one_process_rounds_them(alone, spread)
         updates_are_those_of_one_process(alone, spread)
         short_documents_reach_no_long_block(experts)
         tokens_find_their_experts_even_if_all_go_to_one_process(experts)
-    a_full_disk_of_one_process_leaves_the_last_checkpoint(spread, folder)
-
-
-def main() -> None:
-    torch.set_num_threads(1)
-    try:
-        check(Path(sys.argv[1]))
-    finally:
-        for world in worlds:
-            world.close()
-    assert not gloo_threads()
+    a_full_disk_of_one_process_leaves_the_last_checkpoint(spread, Path(sys.argv[1]))
+    spread.world.end()
 
 
 if __name__ == "__main__":

@@ -21,7 +21,6 @@ from tests.faults import ROOT
 from tests.train.test_run import bits, lines
 from tests.train.tiny import RULES, SAVE_EVERY, SHORT, trainer
 
-pytestmark = pytest.mark.processes
 LOSSES = ("loss", "mtp_loss", "balance_loss", "index_loss")
 
 

@@ -28,23 +28,8 @@ def main() -> None:
     parser.add_argument("--end-before", type=int, help="the last process is told to end, before this step")
     told = parser.parse_args()
     torch.set_num_threads(1)
-    world = Processes(told.experts)
-    try:
-        train(told, world)
-    finally:
-        world.close()
-    assert not gloo_threads()
-
-
-def gloo_threads() -> list[str]:
-    """Those that may still want the interpreter when it ends."""
-    names = [path.read_text().strip() for path in Path("/proc/self/task").glob("*/comm")]
-    return [name for name in names if name.startswith("pt_gloo")]
-
-
-def train(told: argparse.Namespace, world: Processes) -> None:
-    tiny = trainer(SHORT, world)
-    learn, last = tiny.step, world.rank == world.size - 1
+    tiny = trainer(SHORT, Processes(told.experts))
+    learn, last = tiny.step, tiny.world.rank == tiny.world.size - 1
 
     def step() -> dict[str, Any]:
         number = tiny.step_number + 1
@@ -56,6 +41,7 @@ def train(told: argparse.Namespace, world: Processes) -> None:
 
     tiny.step = step  # type: ignore[method-assign]
     run(tiny, told.run, every=SAVE_EVERY, show=lambda line: print(line["step"], flush=True))
+    tiny.world.end()
 
 
 if __name__ == "__main__":

@@ -6,11 +6,11 @@ counts. A matrix is orthogonalised on one process, which all send their rows of 
 
 from __future__ import annotations
 
-import gc
 import os
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -178,19 +178,18 @@ class Processes(World):
         parts = iter(found.split([size for each in sizes for size in each]))
         return [[next(parts).view(shape) for shape in each] for each in shapes]
 
-    def close(self) -> None:
-        """Part from the other processes; whoever calls this has let go of trainer and model.
+    def end(self) -> NoReturn:
+        """End this program at once, its work done.
 
-        A thread of gloo drops the tensors of an operation a moment after it is over, and needs the interpreter for
-        it: at the interpreter's end that aborts the process. Destroying a group ends no thread, its last reference
-        does, and waits for it.
+        A thread of gloo drops the tensors of an operation a moment after the operation is over, and asks for the
+        interpreter to do so. One that asks while the interpreter ends is unwound through a destructor, which aborts
+        the process. Destroying a group does not join its threads; its last reference would, but torch keeps some in
+        caches and in cycles that the garbage collector does not see. So the interpreter does not end.
         """
-        if dist.is_initialized():  # not ended by another world of the same processes
-            dist.destroy_process_group()
-        for mesh in (self.data, self.grid):  # which caches of DTensor keep
-            vars(mesh).get("_pg_registry", {}).clear()
-        vars(self).clear()
-        gc.collect()
+        dist.destroy_process_group()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)
 
     def save(self, run: Path, step: int, saved: Saved, kept: int = KEPT) -> Path:
         return shards.save(self, run, step, saved, kept)
