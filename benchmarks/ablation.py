@@ -45,6 +45,7 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "without CSA": ("model.compress_ratios=[0, 0, 128, 0]",),
     "without HCA": ("model.compress_ratios=[0, 4, 0, 4]",),
     "AdamW for Muon": ("pretrain.muon=0",),
+    "AdamW, half the rate": ("pretrain.muon=0", "pretrain.adamw=0.002"),
     "dense for sparse": ("pretrain.schedule.dense_until=1",),
     "without indexer loss": ("pretrain.index=0",),
 }
