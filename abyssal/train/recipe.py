@@ -56,6 +56,8 @@ class SourceRecipe:
         domains: weights of the generators.
         kinds: of what is generated for retrieval and copying; all by default.
         lengths, questions: of generated retrieval, in tokens and how many, both ends included; lengths also of pairs.
+        rounds: how often what is generated for retrieval asks each of its questions.
+        requests: of a generated conversation with tools at least, both ends included.
         ids, roles: of pairs, see `data.pairs`; by default all ids of the model.
         learn: of what is generated, every token or only answers.
         seed: of order and generators.
@@ -71,6 +73,8 @@ class SourceRecipe:
     kinds: tuple[str, ...] = ()
     lengths: tuple[int, int] = (256, 2048)
     questions: tuple[int, int] = (1, 4)
+    rounds: int = 1
+    requests: tuple[int, int] = (1, 1)
     ids: tuple[int, int] | None = None
     roles: Literal["fixed", "drawn"] = "drawn"
     learn: Learn = "answers"
@@ -307,6 +311,8 @@ class _Data:
             lengths=told.lengths,
             questions=told.questions,
             kinds=told.kinds,
+            rounds=told.rounds,
+            requests=told.requests,
             filler=self._filler if told.domains.get("retrieval") else (),
         )
         if told.kind == "passages":

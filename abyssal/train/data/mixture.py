@@ -42,6 +42,8 @@ class Mixture:
         filler: sentences of prose for retrieval.
         kinds: of retrieval and copying, see `KINDS` and `PASSAGES` there; all of a generator where none of its own is
             named.
+        rounds: how often a retrieval example asks each of its questions.
+        requests: of a conversation with tools at least, both ends included.
     Raises:
         DataError: an unknown domain, a negative weight, or none above zero.
     """
@@ -54,6 +56,8 @@ class Mixture:
     questions: tuple[int, int] = (1, 4)
     filler: Sequence[str] = field(default=(), repr=False)
     kinds: Sequence[str] = ()
+    rounds: int = 1
+    requests: tuple[int, int] = (1, 1)
 
     def __post_init__(self) -> None:
         if unknown := set(self.weights) - set(DOMAINS):
@@ -97,6 +101,7 @@ class Mixture:
                 lengths=self.lengths,
                 questions=self.questions,
                 filler=self.filler,
+                rounds=self.rounds,
             ),
             "copying": Copying(
                 self.split,
@@ -104,7 +109,7 @@ class Mixture:
                 of(copying.PASSAGES),
                 longest=min(copying.LONGEST, self.lengths[1] // 4),
             ),
-            "tool_use": ToolUse(self.split),
+            "tool_use": ToolUse(self.split, requests=self.requests),
             "arithmetic": Arithmetic(self.split),
             "conversation": Chat(self.split),
         }

@@ -70,6 +70,8 @@ class Retrieval:
             earlier turns is dropped.
         filler: sentences of prose to put between the facts, in their order from a random place; without them they
             are made up.
+        rounds: how often each question is asked. With more than one, facts and questions fill the text,
+            so that much of it is learnt from; otherwise half of it is prose, or lines that nobody asks for.
     """
 
     count: Callable[[str], int]
@@ -80,6 +82,7 @@ class Retrieval:
     near: int = 128
     modes: Sequence[ThinkingMode] = MODES
     filler: Sequence[str] = field(default=(), repr=False)
+    rounds: int = 1
 
     def generate(
         self,
@@ -165,7 +168,8 @@ class Retrieval:
         before = dict.fromkeys((fact.key for fact in facts), "\n" if kind == "key_value" else " ")
         costs = {fact.key: self.count(before[fact.key] + fact.sentence) for fact in facts}
         # facts that are not asked for give way where the text is too short for all
-        others = _fitting([fact for fact in facts if fact not in asked], costs, room - _total(asked, costs))
+        once = list(dict.fromkeys(asked))
+        others = _fitting([fact for fact in facts if fact not in asked], costs, room - _total(once, costs))
         targets = {fact.key: self._target(rng, room - costs[fact.key], depth) for fact in asked}
         return self._woven(rng, asked, others, targets, before, costs, room, questions_text)
 
@@ -219,7 +223,7 @@ class Retrieval:
     ) -> Haystack:
         """Facts in prose of so many tokens: the asked ones at their targets, the others anywhere."""
         targets = targets | {fact.key: rng.uniform(0, room - costs[fact.key]) for fact in others}
-        ordered = sorted([*asked, *others], key=lambda fact: targets[fact.key])
+        ordered = sorted([*dict.fromkeys(asked), *others], key=lambda fact: targets[fact.key])
         pieces, ends = self._laid(rng, before, ordered, targets, costs, room)
         text = "".join(pieces).strip()
         tokens = self.count(text)
@@ -250,7 +254,9 @@ class Retrieval:
         if kind == "single":
             many = needles * (1 + CONFUSABLE)
         elif kind == "multi_key":
-            many = int(np.clip(length // 80, 4, 48))
+            many = int(np.clip(length // self._apart(kind), 4, 48))
+        elif self.rounds > 1:
+            many = int(np.clip(length // self._apart(kind), 3, LINES))
         else:
             many = int(np.clip(length // 9, 8, LINES))
         attribute = pick(rng, phrases("attributes"))
@@ -292,9 +298,16 @@ class Retrieval:
         return f"{pick(rng, wide_pool('things', self.split))}-{int(rng.integers(10, 1000))}"
 
     def _asked(self, rng: np.random.Generator, kind: Kind, facts: list[Fact], wanted: int, length: int) -> list[Fact]:
-        # a question and its fact cost about 40 tokens; at least half of a text stays prose, and of a list lines
-        most = max(1, min(len(facts), length // (50 if kind == "key_value" else 80)))
-        return pick_some(rng, facts, min(wanted, most))
+        most = max(1, min(len(facts), length // self._apart(kind)))
+        chosen = pick_some(rng, facts, min(wanted, most))
+        return chosen + [fact for _ in range(self.rounds - 1) for fact in pick_some(rng, chosen, len(chosen))]
+
+    def _apart(self, kind: Kind) -> int:
+        """Tokens of a text for each fact that is asked for."""
+        if self.rounds == 1:
+            return 50 if kind == "key_value" else 80  # of which fact and question cost about 40
+        fact, question = (14, 17) if kind == "key_value" else (22, 24)
+        return fact + self.rounds * question
 
     def _question(self, rng: np.random.Generator, kind: Kind, fact: Fact) -> str:
         phrase = pick(rng, phrases("lookups" if kind == "key_value" else "questions"))

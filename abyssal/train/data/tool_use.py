@@ -23,6 +23,7 @@ KINDS = ("single", "none_fits", "two_steps", "parallel", "talk")
 WEIGHTS = (0.42, 0.18, 0.22, 0.08, 0.1)
 FAILS = 0.08  # of the calls
 SECOND_REQUEST = 0.2  # of the conversations with one call go on
+FURTHER = {"single": 0.6, "none_fits": 0.2, "parallel": 0.1, "talk": 0.1}  # kinds of requests that come later
 Call = dict[str, Any]
 
 
@@ -34,11 +35,14 @@ class ToolUse:
         split: part of the pools: tools of one part never occur in the other.
         offered: how many tools are offered, both ends included.
         modes: thinking modes to choose from.
+        requests: how many a conversation has at least, both ends included. With one alone, most of what is read are
+            schemas; with several, more of it is learnt from.
     """
 
     split: Split = "train"
     offered: tuple[int, int] = (1, 6)
     modes: Sequence[ThinkingMode] = MODES
+    requests: tuple[int, int] = (1, 1)
 
     def generate(
         self, rng: np.random.Generator, *, kind: str | None = None, mode: ThinkingMode | None = None
@@ -76,16 +80,27 @@ class ToolUse:
                 talk.parallel(tool)
             else:
                 talk.small_talk()
+        for _ in range(1, int(rng.integers(self.requests[0], self.requests[1] + 1))):
+            self._go_on(rng, talk)
         tools = [tool.to_json() for tool in talk.tools]
         return Example(talk.messages, "tool_use", chosen_mode, tools, source=chosen, meta={"calls": talk.calls})
 
-    def _offer(self, rng: np.random.Generator, wanted: list[Tool], near: Tool) -> list[Tool]:
-        """The wanted tools among others, none of which does what they do."""
-        many = max(int(rng.integers(self.offered[0], self.offered[1] + 1)), len(wanted), 1)
-        offered = list(wanted)
-        taken = {(tool.group, tool.object) for tool in (*wanted, near)}
-        names = {tool.name for tool in (*wanted, near)}
-        while len(offered) < many:
+    def _go_on(self, rng: np.random.Generator, talk: _Talk) -> None:
+        """One more request, with the tools that are there."""
+        kind = list(FURTHER)[int(rng.choice(len(FURTHER), p=list(FURTHER.values())))]
+        countable = [tool for tool in talk.tools if _countable(tool)]
+        if kind == "none_fits":
+            talk.none_fits(self._other(rng, talk.tools, pick(rng, talk.tools)))
+        elif kind == "talk":
+            talk.small_talk()
+        elif kind == "parallel" and countable:
+            talk.parallel(pick(rng, countable))
+        else:
+            talk.single(pick(rng, talk.tools))
+
+    def _other(self, rng: np.random.Generator, tools: Sequence[Tool], near: Tool) -> Tool:
+        """A tool that does what none of these does, often with the object or the action of `near`."""
+        while True:
             chance = rng.random()
             if chance < 0.3:
                 tool = make_tool(rng, self.split, of=near.object)
@@ -93,10 +108,15 @@ class ToolUse:
                 tool = make_tool(rng, self.split, kind=near.kind)
             else:
                 tool = make_tool(rng, self.split)
-            if (tool.group, tool.object) not in taken and tool.name not in names:
-                taken.add((tool.group, tool.object))
-                names.add(tool.name)
-                offered.append(tool)
+            if all((tool.group, tool.object) != (t.group, t.object) and tool.name != t.name for t in tools):
+                return tool
+
+    def _offer(self, rng: np.random.Generator, wanted: list[Tool], near: Tool) -> list[Tool]:
+        """The wanted tools among others, none of which does what they do."""
+        many = max(int(rng.integers(self.offered[0], self.offered[1] + 1)), len(wanted), 1)
+        offered = list(wanted)
+        while len(offered) < many:
+            offered.append(self._other(rng, [*wanted, near, *offered], near))
         return pick_some(rng, offered, len(offered))
 
     def _pair(self, rng: np.random.Generator) -> tuple[Tool, Tool, Parameter]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -73,6 +74,25 @@ def test_passages_mark_their_answers() -> None:
     for index in range(30):
         passage = MAKER.passage(seeded("test", "train", index))
         assert [passage.text[a:b] for a, b in passage.answers] == passage.meta["targets"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_rounds_ask_every_fact_so_often(kind: Kind) -> None:
+    shares = {}
+    for rounds in (1, 3):
+        maker = Retrieval(count, rounds=rounds)
+        learned = total = 0
+        for index in range(20):
+            passage = maker.passage(seeded("rounds", "train", index), kind=kind, length=400, questions=8)
+            assert [passage.text[a:b] for a, b in passage.answers] == passage.meta["targets"]
+            asked = Counter(passage.meta["keys"])
+            assert set(asked.values()) == {rounds}
+            hay = passage.text.rsplit("\n\n", 1)[0].lower()
+            assert all(hay.count(key.lower()) == 1 for key in asked), "a fact is told once"
+            learned += sum(count(target) for target in passage.meta["targets"])
+            total += count(passage.text)
+        shares[rounds] = learned / total
+    assert shares[3] > 1.5 * shares[1], "more of the text is learnt from"
 
 
 def test_the_same_seed_gives_the_same() -> None:

@@ -100,6 +100,36 @@ def test_when_none_fits_the_answer_says_so() -> None:
             assert any(answer.startswith(phrase.split("{action}")[0]) for phrase in phrases("none_fits"))
 
 
+def test_several_requests() -> None:
+    maker = ToolUse(requests=(3, 5))
+    numbers, kinds = set(), set()
+    for index in range(60):
+        example = maker.generate(seeded("requests", "train", index))
+        asked = [place for place, m in enumerate(example.messages) if m["role"] == "user"]
+        numbers.add(len(asked))
+        declared = functions(example)
+        for place, name, arguments in calls_of(example):
+            request = max(p for p in asked if p < place)
+            said = "\n".join(m["content"] for m in example.messages[request:place] if m["role"] in ("user", "tool"))
+            assert name in declared and list(arguments) == [
+                key for key in declared[name]["parameters"]["properties"] if key in arguments
+            ]
+            for value in arguments.values():
+                if not isinstance(value, bool):
+                    assert as_text(value).lower() in said.lower() or json.dumps(as_text(value))[1:-1] in said
+        for start, end in zip(asked, [*asked[1:], len(example.messages)], strict=True):
+            kinds.add(sum(len(m.get("tool_calls", [])) for m in example.messages[start:end]))
+        assert example.meta["calls"] == [
+            [
+                {"name": c["function"]["name"], "arguments": json.loads(c["function"]["arguments"])}
+                for c in m.get("tool_calls", [])
+            ]
+            for m in example.messages
+            if m["role"] == "assistant"
+        ]
+    assert numbers >= {3, 4, 5} and min(numbers) == 3 and kinds == {0, 1, 2}
+
+
 def test_modes_differ() -> None:
     for index in range(30):
         lengths = []
