@@ -63,7 +63,7 @@ def _tensorboard(run: Path, config: Mapping[str, Any]) -> Iterator[Show]:
 
 @contextmanager
 def _wandb(run: Path, config: Mapping[str, Any]) -> Iterator[Show]:
-    import wandb  # type: ignore[import-not-found]
+    import wandb
 
     name = f"{run.parent.name}-{run.name}"
     with wandb.init(project="abyssal", name=name, id=name, resume="allow", dir=run, config=dict(config)) as session:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import struct
 import sys
 import xml.etree.ElementTree as ElementTree
+from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -102,6 +104,47 @@ def test_tensorboard_reads_every_number(folder: Path) -> None:
     for key in ("loss", "seconds/update"):
         found = [(event.step, event.value) for event in events.Scalars(key)]
         assert found == [(line["step"], pytest.approx(flat(line)[key], rel=1e-6)) for line in lines]
+
+
+def records_of(log: bytes) -> Iterator[bytes]:
+    """Records of a file in LevelDB's log format: blocks of 32 KiB; a record is whole (1) or in parts (2, 3, 4)."""
+    held, place = b"", 7  # behind the file's own mark
+    while place < len(log):
+        if (left := -place % 32768) and left < 7:  # no room for a header
+            place += left
+            continue
+        _, size, part = struct.unpack_from("<IHB", log, place)
+        held += log[place + 7 : place + 7 + size]
+        place += 7 + size
+        if part in (1, 4):
+            yield held
+            held = b""
+
+
+def test_wandb_keeps_every_number(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    run_folder = tmp_path / "tiny" / "pretrain"
+    run_folder.mkdir(parents=True)
+    lines = lines_of(folder)
+    with sink("wandb", run_folder, {"recipe": "tiny"}) as show:
+        for line in lines:
+            show(line)
+    (stored,) = run_folder.rglob("*.wandb")
+    history, configured = [], {}
+    for raw in records_of(stored.read_bytes()):
+        record = Record.FromString(raw)
+        if record.WhichOneof("record_type") == "history":
+            items = record.history.item
+            history.append({item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in items})
+        elif record.WhichOneof("record_type") == "run":
+            configured = {item.key: json.loads(item.value_json) for item in record.run.config.update}
+    assert configured["recipe"] == "tiny"
+    assert [found["_step"] for found in history] == [line["step"] for line in lines]
+    for line, found in zip(lines, history, strict=True):
+        assert flat(line) == pytest.approx({key: value for key, value in found.items() if not key.startswith("_")})
 
 
 def test_a_sink_that_is_unknown_or_not_installed_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
