@@ -25,6 +25,7 @@ THOUGHTS = {
 PASSAGES = ("repeat", "induction", "pairs", "words")
 LISTS = ("things", "adjectives", "places", "roles", "cities")
 LONGEST = 60  # words
+MOST_NAMES = 48  # of a passage of pairs
 ALPHABET = string.ascii_letters + string.digits
 
 
@@ -37,6 +38,8 @@ class Copying:
         kinds: of conversations, to choose from.
         passages: kinds of running text, to choose from.
         longest: words of what is copied, at most.
+        far: words of a passage of pairs, at most: where there are many names, most are asked for far behind their
+            last place.
         modes: thinking modes to choose from.
     """
 
@@ -44,6 +47,7 @@ class Copying:
     kinds: Sequence[str] = KINDS
     passages: Sequence[str] = PASSAGES
     longest: int = LONGEST
+    far: int = LONGEST
     modes: Sequence[ThinkingMode] = MODES
 
     def generate(
@@ -89,7 +93,8 @@ class Copying:
             words: length, about.
         """
         chosen = kind if kind is not None else pick(rng, self.passages)
-        count = words or int(rng.integers(8, self.longest + 1))
+        longest = self.far if chosen in ("pairs", "words") else self.longest
+        count = words or int(rng.integers(8, longest + 1))
         if chosen == "repeat":
             once = self._words(rng, count)
             return self._passage(chosen, [(w, False) for w in once] + [(w, place > 0) for place, w in enumerate(once)])
@@ -102,7 +107,7 @@ class Copying:
                 parts += [(w, times > 0 and place > 0) for place, w in enumerate(motif)]
                 times += 1
             return self._passage(chosen, parts)
-        names = self._words(rng, max(2, min(count // 6, 24)))
+        names = self._words(rng, max(2, min(count // 6, MOST_NAMES)))
         if chosen == "words":
             values = dict(zip(names, self._words(rng, len(names)), strict=True))
         else:

@@ -36,8 +36,8 @@ class Mixture:
         weights: share of each domain of `DOMAINS`; they need not add up to one.
         split: training or held out.
         seed: another seed gives other examples.
-        lengths: of retrieval examples in tokens; what is copied has a quarter as many words at most, and no more
-            than 60.
+        lengths: of retrieval examples in tokens; what is copied has a quarter as many words at most, and but for pairs
+            no more than 60.
         questions: of retrieval examples, both ends included.
         filler: sentences of prose for retrieval.
         kinds: of retrieval and copying, see `KINDS` and `PASSAGES` there; all of a generator where none of its own is
@@ -108,6 +108,7 @@ class Mixture:
                 of(copying.KINDS),
                 of(copying.PASSAGES),
                 longest=min(copying.LONGEST, self.lengths[1] // 4),
+                far=self.lengths[1] // 4,
             ),
             "tool_use": ToolUse(self.split, requests=self.requests),
             "arithmetic": Arithmetic(self.split),

@@ -47,6 +47,22 @@ def test_marked_words_follow_from_the_text_before(kind: str) -> None:
             assert (before[-1], passage.text[start:end]) in itertools.pairwise(before)
 
 
+@pytest.mark.parametrize("kind", ["pairs", "words"])
+def test_many_names_are_asked_for_far_behind(kind: str) -> None:
+    near, far = Copying(), Copying(far=256)
+    gaps = {}
+    for name, maker in (("near", near), ("far", far)):
+        found = []
+        for index in range(20):
+            words = maker.passage(seeded("far", "train", index), kind=kind).text.split()
+            last: dict[str, int] = {}
+            for place, word in enumerate(words[::2]):
+                found += [place - last[word]] if word in last else []
+                last[word] = place
+        gaps[name] = sum(found) / len(found)
+    assert gaps["far"] > 2 * gaps["near"]
+
+
 @pytest.mark.parametrize("split", SPLITS)
 def test_codes_stay_in_their_part(split: Split) -> None:
     maker = Copying(split)
