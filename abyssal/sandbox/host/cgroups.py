@@ -201,7 +201,8 @@ class Group:
 
     def pids(self) -> list[int]:
         """Its processes, as numbered here."""
-        return sorted({int(word) for folder in self.folders() for word in _words(folder / "cgroup.procs")})
+        found = {int(word) for folder in self.folders() for word in _words(folder / "cgroup.procs")}
+        return sorted(found - {0, os.getpid()})  # 0 stands for processes that have no number here; kill would mean us
 
     def freeze(self, timeout: float = 10.0) -> None:
         """Stop all of its processes where they are.
