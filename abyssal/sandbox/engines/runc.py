@@ -140,7 +140,7 @@ class RuncEngine:
             arguments = ["run", "--detach", "--bundle", str(folder), "--pid-file", str(pid_file)]
             command = [*self.within(group), *self.command(box_id, *arguments)]
             runtime = await asyncio.create_subprocess_exec(
-                *command, stdin=theirs.fileno(), stdout=theirs.fileno(), stderr=log
+                *command, stdin=theirs.fileno(), stdout=theirs.fileno(), stderr=log, start_new_session=True
             )
             try:
                 async with asyncio.timeout(START_S):
@@ -164,6 +164,7 @@ class RuncEngine:
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=asyncio.subprocess.DEVNULL,
                 stderr=asyncio.subprocess.DEVNULL,
+                start_new_session=True,  # a runtime that kills its own group must not mean ours
             )
             await runtime.wait()
         if group is not None:
