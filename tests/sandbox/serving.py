@@ -12,10 +12,17 @@ from typing import Self
 
 
 class Served:
-    """`abyssal sandbox serve` on a home folder."""
+    """`abyssal sandbox serve` on a home folder, with one engine.
 
-    def __init__(self, home: Path, *options: str, port: int = 0):
-        self.home, self.options, self.port = home, options, port
+    Args:
+        home: of the edge.
+        options: more of the command line.
+        engine: `process` for what stands above engines; it isolates nothing.
+        port: 0 for a free one.
+    """
+
+    def __init__(self, home: Path, *options: str, engine: str = "process", port: int = 0):
+        self.home, self.options, self.engine, self.port = home, options, engine, port
         self._process: subprocess.Popen[str] | None = None
 
     @property
@@ -25,7 +32,7 @@ class Served:
     def start(self) -> None:
         program = [
             sys.executable, "-c", "from abyssal.cli.main import main; main()", "sandbox", "serve",
-            "--allow-unsafe", "--engine", "process",
+            "--allow-unsafe", "--engine", self.engine,
             "--home", str(self.home), "--port", str(self.port), "--log-level", "warning", *self.options,
         ]  # fmt: skip
         self._process = subprocess.Popen(program, stdout=subprocess.PIPE, text=True)

@@ -5,15 +5,17 @@ from __future__ import annotations
 import asyncio
 import subprocess
 import sys
+import uuid
 from pathlib import Path
 
 import pytest
 
 from abyssal.sandbox.api import Engine, Spec
 from abyssal.sandbox.conformance.bench import SMALL, answers
-from abyssal.sandbox.engines.bundle import RUN
 from abyssal.sandbox.engines.bwrap import BwrapEngine
+from abyssal.sandbox.engines.gvisor import GvisorEngine
 from abyssal.sandbox.engines.runc import RuncEngine
+from tests.sandbox.traces import traces
 
 DIES = """
 import asyncio, os, sys
@@ -32,14 +34,10 @@ asyncio.run(main())
 """
 
 
-def traces(box_id: str) -> list[str]:
-    lines = Path("/proc/self/mountinfo").read_text().splitlines()
-    found = [line for line in lines if box_id in line]
-    found += [str(path) for path in Path("/sys/fs/cgroup").glob(f"**/{box_id}")]
-    return found + [str(path) for path in RUN.glob(f"**/{box_id}*")]
+ENGINES = [("runc", RuncEngine), ("bwrap", BwrapEngine), ("gvisor", GvisorEngine)]
 
 
-@pytest.mark.parametrize(("module", "kind"), [("runc", RuncEngine), ("bwrap", BwrapEngine)])
+@pytest.mark.parametrize(("module", "kind"), ENGINES)
 def test_a_sweep_takes_the_dead_and_leaves_the_living(module: str, kind: type, tmp_path: Path) -> None:
     state = tmp_path / "state"
     state.mkdir()
@@ -47,7 +45,7 @@ def test_a_sweep_takes_the_dead_and_leaves_the_living(module: str, kind: type, t
     probe = asyncio.run(engine.probe())
     if not probe.ok:
         pytest.skip(f"{probe.detail} ({probe.remedy})")
-    dead, alive = f"dead-{module}-{tmp_path.name[-1]}x", f"alive-{module}"
+    dead, alive = f"dead-{uuid.uuid4().hex[:12]}", f"alive-{uuid.uuid4().hex[:12]}"
     program = DIES.format(module=module, name=kind.__name__)
     died = subprocess.run([sys.executable, "-c", program, str(state), str(tmp_path / dead)], check=False)
     assert died.returncode == 9 and traces(dead)
