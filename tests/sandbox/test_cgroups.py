@@ -7,17 +7,20 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
 from abyssal.sandbox.api import MIB, Limits
 from abyssal.sandbox.errors import SandboxError
-from abyssal.sandbox.host.cgroups import Group, Hierarchies
+from abyssal.sandbox.host.cgroups import Group
+from abyssal.sandbox.host.hierarchies import Hierarchies
 
 # in the group itself: it must outlive what it kills
 JOINS = """
 import os, sys
-from abyssal.sandbox.host.cgroups import Group, Hierarchies
+from abyssal.sandbox.host.cgroups import Group
+from abyssal.sandbox.host.hierarchies import Hierarchies
 group = Group(sys.argv[1], Hierarchies.find())
 group.add(os.getpid())
 raw = {int(word) for folder in group.folders() for word in (folder / "cgroup.procs").read_text().split()}
@@ -27,12 +30,26 @@ print(os.getpid() in raw, os.getpid() in group.pids())
 SEES = """
 import json, sys
 from pathlib import Path
-from abyssal.sandbox.host.cgroups import Group, Hierarchies
+from abyssal.sandbox.host.cgroups import Group
+from abyssal.sandbox.host.hierarchies import Hierarchies
 group = Group(sys.argv[1], Hierarchies.find())
 raw = [word for folder in group.folders() for word in (folder / "cgroup.procs").read_text().split()]
 print(json.dumps({"raw": raw, "pids": group.pids()}))
 group.kill(0.5)
 print("alive")
+"""
+# a platform in another group than we are, which dies
+MAKES = """
+import os, subprocess, sys
+from abyssal.sandbox.api import Limits
+from abyssal.sandbox.host.cgroups import Group
+from abyssal.sandbox.host.hierarchies import Hierarchies
+Group(sys.argv[1], Hierarchies.find()).add(os.getpid())
+inner = Group.create(sys.argv[2], Limits(memory=64 << 20, pids=16))
+child = subprocess.Popen(["sleep", "60"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+inner.add(child.pid)
+print(child.pid, flush=True)
+os._exit(9)
 """
 
 
@@ -54,6 +71,18 @@ def test_a_group_has_the_processes_that_were_put_into_it_and_kills_them(group: G
     group.kill()
     assert child.wait(10) == -9
     assert group.pids() == []
+
+
+def test_a_group_of_the_dead_is_found_wherever_they_were(group: Group) -> None:
+    name = f"{group.name}-inner"
+    program = [sys.executable, "-c", MAKES, group.name, name]
+    done = subprocess.run(program, capture_output=True, text=True, check=False)
+    assert done.returncode == 9, done.stderr
+    left = Group.left(name)
+    assert left.pids() == [int(done.stdout)] and Group(name, Hierarchies.find()).pids() == []
+    assert len(left.folders()) == len(group.folders())
+    left.remove()
+    assert not list(Path("/sys/fs/cgroup").glob(f"**/{name}"))
 
 
 def test_our_own_process_is_never_of_a_group(group: Group) -> None:

@@ -6,7 +6,7 @@ import asyncio
 import time
 
 from abyssal.sandbox.api import Command, Stderr, Stdout, shell
-from abyssal.sandbox.conformance.bench import Bench, Checks, answers, collect, expect, run
+from abyssal.sandbox.conformance.bench import Bench, Checks, answers, collect, expect, python, run
 from abyssal.sandbox.errors import NotFound
 
 check = Checks()
@@ -152,8 +152,10 @@ async def the_user_is_no_root(bench: Bench) -> None:
     async with bench.box() as box:
         expect((await run(box, "id -u")).stdout == "1000\n", "user")
         status = (await run(box, "cat /proc/self/status")).stdout
-        for line in ("CapPrm:\t0000000000000000", "CapEff:\t0000000000000000", "NoNewPrivs:\t1"):
+        for line in ("CapPrm:\t0000000000000000", "CapEff:\t0000000000000000"):
             expect(line in status, line, status)
+        asked = await run(box, python("import ctypes; print(ctypes.CDLL(None).prctl(39, 0, 0, 0, 0))"))
+        expect(asked.stdout == "1\n", "no new privileges", asked)
 
 
 @check("tty")

@@ -41,7 +41,8 @@ from abyssal.sandbox.engines.watchdog import watch
 from abyssal.sandbox.errors import ImageError, Unsupported
 from abyssal.sandbox.guest import build
 from abyssal.sandbox.host import mounts, seccomp
-from abyssal.sandbox.host.cgroups import Group, Hierarchies
+from abyssal.sandbox.host.cgroups import Group
+from abyssal.sandbox.host.hierarchies import Hierarchies
 from abyssal.sandbox.host_image import fill, programs
 
 START_S = 20.0
@@ -229,7 +230,7 @@ class BwrapEngine:
         found = claimed(self.name, self.state)
         gone = sorted(set(found) - alive)
         for box_id in gone:
-            await asyncio.to_thread(Group(box_id, self._hierarchies).remove)
+            await asyncio.to_thread(Group.left(box_id).remove)
             await asyncio.to_thread(_remove, found[box_id], RUN / box_id)
         return gone
 

@@ -15,7 +15,9 @@ from abyssal.sandbox.engines.bundle import RUN
 from abyssal.sandbox.engines.runc import RuncEngine
 from abyssal.sandbox.host.cgroups import Group
 
-OLD = "this release of gVisor has no ls and stat of coreutils 9, and may leave orphans of a command running"
+ORPHANS = "this release of gVisor may leave orphans of a command running until the sandbox ends"
+INTERRUPT = "this release of gVisor does not make an interrupt of control-C in a terminal"
+OLD = ("this release of gVisor has no ls and stat of coreutils 9", ORPHANS, INTERRUPT)
 SHARED = "pids-soft: counted with the threads of its kernel; who passes the memory limit ends the whole sandbox"
 
 
@@ -36,7 +38,7 @@ class GvisorEngine(RuncEngine):
 
     @property
     def placed(self) -> Placed:
-        old = (OLD,) if self.platform == "ptrace" else ()
+        old = OLD if self.platform == "ptrace" else ()
         return Placed(self.name, self.boundary, degraded=(*self._hierarchies.missing(), SHARED, *old))
 
     @cached_property

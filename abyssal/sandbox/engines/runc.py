@@ -22,7 +22,8 @@ from abyssal.sandbox.engines.bundle import RUN, Root
 from abyssal.sandbox.engines.container import ContainerBox
 from abyssal.sandbox.engines.placing import check, whole
 from abyssal.sandbox.errors import ImageError, Timeout
-from abyssal.sandbox.host.cgroups import Group, Hierarchies
+from abyssal.sandbox.host.cgroups import Group
+from abyssal.sandbox.host.hierarchies import Hierarchies
 from abyssal.sandbox.host_image import host_image
 from abyssal.sandbox.image import Image, Store
 
@@ -175,7 +176,7 @@ class RuncEngine:
         found = bundle.claimed(self.name, self.state)
         gone = sorted(set(found) - alive)
         for box_id in gone:
-            await self._end(box_id, found[box_id], Group(box_id, self._hierarchies))
+            await self._end(box_id, found[box_id], Group.left(box_id))
         return gone
 
 

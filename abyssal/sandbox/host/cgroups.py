@@ -1,9 +1,4 @@
-"""Control groups, versions 1 and 2, where this process finds them (sandbox.md 3, rule 4).
-
-Nothing is assumed: `/proc/self/cgroup` says in which group we are, `/proc/self/mountinfo` where its file system is.
-Groups are made below our own alone. A host may have version 1 with one controller a mount, version 2, or both; each
-controller is used where it is enabled, version 2 first.
-"""
+"""One control group for a sandbox, in every hierarchy that has a part in its limits (sandbox.md 3, rule 4)."""
 
 from __future__ import annotations
 
@@ -11,97 +6,14 @@ import math
 import os
 import signal
 import time
-from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
-from typing import Literal
+from pathlib import Path
 
 from abyssal.sandbox.api import Limits, Usage
 from abyssal.sandbox.errors import Rejected, Unsupported
+from abyssal.sandbox.host.hierarchies import CONTROLLERS, PARENT, Controller, Hierarchies, words
 
-PARENT = "abyssal"  # all our groups lie in groups of this name
-Controller = Literal["memory", "pids", "cpu", "cpuset", "cpuacct", "freezer"]
-CONTROLLERS: tuple[Controller, ...] = ("memory", "pids", "cpu", "cpuset", "cpuacct", "freezer")
 PERIOD_US = 100_000
-
-
-@dataclass(frozen=True)
-class Hierarchies:
-    """Where groups can be made: our own group's folder for each controller, and of version 2 if it is mounted.
-
-    Attributes:
-        v1: folder by controller.
-        v2: folder, or None.
-        v2_controllers: that it can hand on.
-    """
-
-    v1: Mapping[Controller, Path]
-    v2: Path | None
-    v2_controllers: frozenset[str]
-
-    @classmethod
-    def find(cls, proc: Path = Path("/proc/self")) -> Hierarchies:
-        """Read the two files of `/proc`."""
-        own: dict[str, str] = {}
-        for line in (proc / "cgroup").read_text().splitlines():
-            _, names, path = line.split(":", 2)
-            own.update(dict.fromkeys(names.split(","), path))
-        v1: dict[Controller, Path] = {}
-        v2: Path | None = None
-        for line in (proc / "mountinfo").read_text().splitlines():
-            left, right = line.split(" - ", 1)
-            root, point = left.split()[3:5]
-            kind, _, options = right.split()[:3]
-            if kind == "cgroup2" and "" in own:
-                v2 = _place(point, root, own[""])
-            elif kind == "cgroup":
-                for name in CONTROLLERS:
-                    if name in options.split(",") and name in own and name not in v1:
-                        place = _place(point, root, own[name])
-                        if place is not None:
-                            v1[name] = place
-        return cls(v1, v2, _handed_on(v2) if v2 else frozenset())
-
-    def folder(self, controller: Controller) -> Path | None:
-        """Our own group's folder for a controller; version 2 counts processor time and freezes without any."""
-        if self.v2 is not None and (controller in self.v2_controllers or controller in ("freezer", "cpuacct")):
-            return self.v2
-        return self.v1.get(controller)
-
-    def missing(self) -> tuple[str, ...]:
-        """Limits that the kernel cannot enforce here, in words."""
-        words: dict[Controller, str] = {"memory": "memory-soft", "pids": "pids-soft", "cpu": "cpu-soft"}
-        return tuple(word for name, word in words.items() if not _writable(self.folder(name)))
-
-
-def _writable(folder: Path | None) -> bool:
-    return folder is not None and os.access(folder, os.W_OK)
-
-
-def _place(point: str, root: str, own: str) -> Path | None:
-    try:
-        below = PurePosixPath(own).relative_to(root)
-    except ValueError:  # another part of the tree is mounted
-        return None
-    folder = Path(point) / below
-    return folder if folder.is_dir() else None
-
-
-def _handed_on(folder: Path) -> frozenset[str]:
-    """Controllers that children of a version 2 group get, after asking for them."""
-    wanted = {"memory", "pids", "cpu", "cpuset"} & set(_words(folder / "cgroup.controllers"))
-    for name in wanted - set(_words(folder / "cgroup.subtree_control")):
-        with suppress(OSError):  # it holds processes itself, or we may not
-            (folder / "cgroup.subtree_control").write_text(f"+{name}")
-    return frozenset(wanted & set(_words(folder / "cgroup.subtree_control")))
-
-
-def _words(path: Path) -> list[str]:
-    try:
-        return path.read_text().split()
-    except OSError:
-        return []
 
 
 class Group:
@@ -136,6 +48,11 @@ class Group:
             group.remove()
             raise Rejected(f"the kernel refused the control group {name}: {error}") from error
         return group
+
+    @classmethod
+    def left(cls, name: str) -> Group:
+        """One that a platform made which is dead now, whatever group that was in itself."""
+        return cls(name, Hierarchies.holding(name))
 
     @property
     def path(self) -> str:
@@ -201,7 +118,7 @@ class Group:
 
     def pids(self) -> list[int]:
         """Its processes, as numbered here."""
-        found = {int(word) for folder in self.folders() for word in _words(folder / "cgroup.procs")}
+        found = {int(word) for folder in self.folders() for word in words(folder / "cgroup.procs")}
         return sorted(found - {0, os.getpid()})  # 0 stands for processes that have no number here; kill would mean us
 
     def freeze(self, timeout: float = 10.0) -> None:
@@ -221,7 +138,7 @@ class Group:
                 done = "frozen 1" in (folder / "cgroup.events").read_text()
             else:
                 (folder / "freezer.state").write_text("FROZEN")
-                done = _words(folder / "freezer.state") == ["FROZEN"]
+                done = words(folder / "freezer.state") == ["FROZEN"]
             if done:
                 return
             if time.monotonic() > end:
@@ -257,8 +174,8 @@ class Group:
         folder = self.folder("memory")
         if folder is None:
             return 0
-        words = _words(folder / ("memory.events" if self._is_v2(folder) else "memory.oom_control"))
-        return int(words[words.index("oom_kill") + 1]) if "oom_kill" in words else 0
+        said = words(folder / ("memory.events" if self._is_v2(folder) else "memory.oom_control"))
+        return int(said[said.index("oom_kill") + 1]) if "oom_kill" in said else 0
 
     def usage(self) -> Usage:
         """Processor time and the peak of memory."""
@@ -266,8 +183,8 @@ class Group:
         peak = _first(memory / "memory.peak", memory / "memory.max_usage_in_bytes") if memory else ""
         spent: int | None = None
         if cpu and self._is_v2(cpu):
-            words = _words(cpu / "cpu.stat")
-            spent = int(words[words.index("usage_usec") + 1]) // 1000 if "usage_usec" in words else None
+            said = words(cpu / "cpu.stat")
+            spent = int(said[said.index("usage_usec") + 1]) // 1000 if "usage_usec" in said else None
         elif cpu:
             spent = int(_first(cpu / "cpuacct.usage") or 0) // 1_000_000
         return Usage(cpu_ms=spent, peak_memory=int(peak) if peak else None)
@@ -287,20 +204,10 @@ class Group:
                         time.sleep(0.002)
 
 
-def left_over(hierarchies: Hierarchies) -> list[str]:
-    """Names of our groups that exist, whoever made them."""
-    found = set()
-    for controller in CONTROLLERS:
-        own = hierarchies.folder(controller)
-        if own is not None and (own / PARENT).is_dir():
-            found |= {each.name for each in (own / PARENT).iterdir() if each.is_dir()}
-    return sorted(found)
-
-
 def _hand_down(folder: Path) -> None:
     """Version 2: what we got, our groups get through the group that holds them."""
     control = folder.parent / "cgroup.subtree_control"
-    for name in _words(folder.parent / "cgroup.controllers") if control.exists() else ():
+    for name in words(folder.parent / "cgroup.controllers") if control.exists() else ():
         if name in ("memory", "pids", "cpu", "cpuset"):
             _try(control, f"+{name}")
 

@@ -22,7 +22,8 @@ from abyssal.sandbox.engines.bundle import claimed
 from abyssal.sandbox.engines.placing import check
 from abyssal.sandbox.errors import AgentLost, SandboxError, Timeout, Unsupported
 from abyssal.sandbox.guest import build
-from abyssal.sandbox.host.cgroups import Group, Hierarchies
+from abyssal.sandbox.host.cgroups import Group
+from abyssal.sandbox.host.hierarchies import Hierarchies
 from abyssal.sandbox.image import Image, Store
 from abyssal.sandbox.vm import disks, memory, qemu
 from abyssal.sandbox.vm.accel import LIMIT, Found, found
@@ -97,7 +98,7 @@ class MachineEngine:
         found = claimed(self.name, self._state)
         gone = sorted(set(found) - alive)
         for box_id in gone:
-            await asyncio.to_thread(unbind, box_id, Group(box_id, Hierarchies.find()), found[box_id])
+            await asyncio.to_thread(unbind, box_id, Group.left(box_id), found[box_id])
         return gone
 
     def close(self) -> None:
