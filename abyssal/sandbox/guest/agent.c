@@ -148,8 +148,7 @@ int main(int argc, char **argv) {
     fd = fcntl(fd, F_DUPFD_CLOEXEC, 3);
     int null = open("/dev/null", O_RDWR | O_CLOEXEC);
     if (null >= 0) {
-      dup2(null, 0);
-      dup2(null, 1);
+      for (int i = 0; i < 3; i++) dup2(null, i); /* 2 was a file of the host, which whoever opens it here could fill */
       if (null > 2) close(null);
     }
   }
