@@ -31,8 +31,8 @@ pytestmark = [
 
 
 @pytest.fixture(scope="session")
-def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return build.agent(tmp_path_factory.mktemp("programs"))
+def program(programs: Path) -> Path:
+    return build.agent(programs)
 
 
 @asynccontextmanager

@@ -65,7 +65,7 @@ def busybox() -> bytes:
     return Path(found).read_bytes()
 
 
-def test_an_oci_image_runs_and_whiteouts_hold(tmp_path: Path) -> None:
+def test_an_oci_image_runs_and_whiteouts_hold(tmp_path: Path, state: Path) -> None:
     program = busybox()
     lower = layer(
         ("bin", tarfile.DIRTYPE, b""),
@@ -80,8 +80,6 @@ def test_an_oci_image_runs_and_whiteouts_hold(tmp_path: Path) -> None:
         ("other/.wh..wh..opq", tarfile.REGTYPE, b""),
         ("other/new", tarfile.REGTYPE, b"new"),
     )
-    state = tmp_path / "state"
-    state.mkdir()
     engine = RuncEngine(state)
     image = from_archive(engine.store, "small", oci_layout(tmp_path / "layout", lower, upper))
     assert len(image.base) == 2 and len(image.toolkit) == 1

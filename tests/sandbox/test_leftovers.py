@@ -38,9 +38,7 @@ ENGINES = [("runc", RuncEngine), ("bwrap", BwrapEngine), ("gvisor", GvisorEngine
 
 
 @pytest.mark.parametrize(("module", "kind"), ENGINES)
-def test_a_sweep_takes_the_dead_and_leaves_the_living(module: str, kind: type, tmp_path: Path) -> None:
-    state = tmp_path / "state"
-    state.mkdir()
+def test_a_sweep_takes_the_dead_and_leaves_the_living(module: str, kind: type, state: Path, tmp_path: Path) -> None:
     engine: Engine = kind(state)
     probe = asyncio.run(engine.probe())
     if not probe.ok:

@@ -33,7 +33,7 @@ def with_box(state: Path, work: Callable[[Box], Awaitable[None]]) -> None:
     asyncio.run(whole())
 
 
-def test_calls_answer_and_fail(tmp_path: Path) -> None:
+def test_calls_answer_and_fail(state: Path) -> None:
     async def work(box: Box) -> None:
         assert (await run(box, python("import sys; print(sys.argv[1:])", "a", "b"))).stdout == "['a', 'b']\n"
         assert (await run(box, ("call", "math:hypot", "[3, 4]"))).stdout == "5.0\n"
@@ -43,10 +43,10 @@ def test_calls_answer_and_fail(tmp_path: Path) -> None:
         ended = await run(box, python("while True: pass"), timeout=0.5)
         assert ended.exit.timed_out and ended.exit.signal == 9
 
-    with_box(tmp_path, work)
+    with_box(state, work)
 
 
-def test_nothing_is_left_for_the_next_call(tmp_path: Path) -> None:
+def test_nothing_is_left_for_the_next_call(state: Path) -> None:
     leave = """
 import os, multiprocessing.shared_memory as m
 m.SharedMemory("left", True, 100)
@@ -69,18 +69,18 @@ print(found, sum(name.isdigit() for name in os.listdir("/proc")))
             await run(box, python(leave))
             assert (await run(box, python(look))).stdout == clean
 
-    with_box(tmp_path, work)
+    with_box(state, work)
 
 
-def test_more_calls_at_once_than_workers(tmp_path: Path) -> None:
+def test_more_calls_at_once_than_workers(state: Path) -> None:
     async def work(box: Box) -> None:
         outcomes = await asyncio.gather(*(run(box, python(f"print({n})")) for n in range(5)))
         assert sorted(each.stdout for each in outcomes) == [f"{n}\n" for n in range(5)]
 
-    with_box(tmp_path, work)
+    with_box(state, work)
 
 
-def test_what_functions_lack_is_said(tmp_path: Path) -> None:
+def test_what_functions_lack_is_said(state: Path) -> None:
     async def work(box: Box) -> None:
         for command in (Command(("ls",)), Command(("python3", "-c", "1"), tty=(24, 80)), Command(("call", "math"))):
             with pytest.raises(SandboxError):
@@ -90,4 +90,4 @@ def test_what_functions_lack_is_said(tmp_path: Path) -> None:
         with pytest.raises(Unsupported):
             await box.pause()
 
-    with_box(tmp_path, work)
+    with_box(state, work)

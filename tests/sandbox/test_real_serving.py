@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import shutil
 import signal
 import time
 from collections.abc import Coroutine, Iterator
@@ -37,8 +38,12 @@ def works(server: Served) -> None:
 
 
 @pytest.fixture(scope="module", params=list(BOUNDARY))
-def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    with Served(tmp_path_factory.mktemp("edge"), engine=request.param) as server:
+def served(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, programs: Path
+) -> Iterator[Served]:
+    home = tmp_path_factory.mktemp("edge")
+    shutil.copytree(programs, home / "engines" / "programs")
+    with Served(home, engine=request.param) as server:
         works(server)
         yield server
 
@@ -108,7 +113,7 @@ def test_e2b(served: Served) -> None:
 
 
 @pytest.mark.parametrize("engine", ["runc", "bwrap"])
-def test_a_killed_server_takes_its_containers_with_it_and_says_so(engine: str, tmp_path: Path) -> None:
+def test_a_killed_server_takes_its_containers_with_it_and_says_so(engine: str, home: Path) -> None:
     """What had ended is answered from the log, what had begun is unknown, what is new meets `SandboxLost`."""
 
     async def work(server: Served) -> None:
@@ -131,13 +136,13 @@ def test_a_killed_server_takes_its_containers_with_it_and_says_so(engine: str, t
             with pytest.raises(SandboxLost):
                 await again.run("echo c")
 
-    with Served(tmp_path / "edge", engine=engine) as server:
+    with Served(home, engine=engine) as server:
         works(server)
         run(work(server))
 
 
-def test_a_server_that_ends_in_good_order_leaves_nothing(tmp_path: Path) -> None:
-    with Served(tmp_path / "edge", engine="runc") as server:
+def test_a_server_that_ends_in_good_order_leaves_nothing(home: Path) -> None:
+    with Served(home, engine="runc") as server:
         works(server)
         with httpx2.Client(base_url=server.url, timeout=60) as http:
             made = http.post("/v1/sandboxes", json={"spec": {"substrate": "container"}}).json()["id"]
@@ -146,4 +151,4 @@ def test_a_server_that_ends_in_good_order_leaves_nothing(tmp_path: Path) -> None
         begin = time.monotonic()
         assert server.end(signal.SIGTERM) == 0
         assert traces(made) == [] and time.monotonic() - begin < 20
-        assert not [path for path in (tmp_path / "edge").rglob("*") if os.path.ismount(path)]
+        assert not [path for path in home.rglob("*") if os.path.ismount(path)]
