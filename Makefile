@@ -11,7 +11,7 @@ KERNELS = abyssal/kernels/fast/cpu
 SOURCES = pyproject.toml $(shell find $(KERNELS) -type f)
 
 PORT ?= 8000
-.PHONY: run test lint browser native sanitize neon clean
+.PHONY: run test lint browser sandboxes native sanitize neon clean
 
 run: $(VENV)/.installed
 	@$(BIN)/abyssal serve --port $(PORT)
@@ -27,6 +27,11 @@ lint: $(VENV)/.installed-test
 browser:
 	@command -v chromium >/dev/null || [ "$$(id -u)" != 0 ] || ! command -v apt-get >/dev/null || \
 	  { apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium fonts-dejavu-core >/dev/null; }
+
+# what sandboxes need on Debian, and what their tests need besides: a static program, archives, a maker of images
+sandboxes: $(VENV)/.installed-test
+	@$(BIN)/abyssal sandbox install; lacking=$$?; \
+	  apt-get install -y -qq --no-install-recommends busybox-static cpio mmdebstrap >/dev/null && exit $$lacking
 
 $(VENV)/.torch:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \

@@ -12,20 +12,19 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from abyssal.base.errors import InputError
+from abyssal.cli.sandbox_host import Engines, Home, Json, Unsafe, doctor, install
 
 if TYPE_CHECKING:
     from abyssal.sandbox.hub import Sandboxes
     from abyssal.sandbox.sandbox import Sandbox
 
 sandbox = typer.Typer(help="Sandboxes: run, serve, logs, replay.", no_args_is_help=True)
+sandbox.command()(doctor)
+sandbox.command()(install)
 TOKEN = "ABYSSAL_SANDBOX_TOKEN"
 
-Home = Annotated[Path | None, typer.Option(help="Folder of this host's edge; default below ABYSSAL_HOME.")]
 Url = Annotated[str | None, typer.Option(help="A server instead of this host, as http://host:port.")]
 Token = Annotated[str | None, typer.Option(help="Its token.", envvar=TOKEN)]
-Json = Annotated[bool, typer.Option("--json", help="JSON on stdout.")]
-Engines = Annotated[list[str] | None, typer.Option("--engine", help="Only this engine; may be repeated.")]
-Unsafe = Annotated[bool, typer.Option(help="Also the engine `process`, which isolates nothing; for tests.")]
 
 
 @sandbox.command()
@@ -95,52 +94,6 @@ def run(
         return result.exit_code
 
     raise typer.Exit(asyncio.run(work()))
-
-
-@sandbox.command()
-def doctor(engine: Engines = None, home: Home = None, allow_unsafe: Unsafe = False, json_out: Json = False) -> None:
-    """Start something real in every engine of this host, and say what works and what is missing."""
-    from abyssal.sandbox.api import SUBSTRATES
-    from abyssal.sandbox.engines.registry import installed
-    from abyssal.sandbox.http.daemon import edge_home
-    from abyssal.sandbox.placement import Placement
-    from abyssal.sandbox.shapes import plain
-
-    folder = edge_home(home)
-    folder.mkdir(parents=True, exist_ok=True)
-    placement = Placement(
-        installed(folder / "engines", allow_unsafe=allow_unsafe, names=engine or ()), folder / "probes.json"
-    )
-
-    async def work() -> dict[str, Any]:
-        found = {each.name: await placement.probe(each, again=True) for each in placement.engines}
-        return {
-            "engines": [
-                {"name": engine.name, "substrates": list(engine.substrates), "features": sorted(engine.features),
-                 **plain(found[engine.name])}
-                for engine in placement.engines
-            ],
-            "substrates": {
-                name: next((engine.name for engine in placement.engines
-                            if name in engine.substrates and found[engine.name].ok), None)
-                for name in SUBSTRATES
-            },
-        }  # fmt: skip
-
-    report = asyncio.run(work())
-    if json_out:
-        print(json.dumps(report))
-        return
-    for name, chosen in report["substrates"].items():
-        print(f"{name:10s} {chosen or 'nothing on this host can run it'}")
-    for found in report["engines"]:
-        print(f"  {found['name']:12s} {'works' if found['ok'] else 'does not work'}: {found['detail']}")
-        if found["placed"]:
-            print(f"  {'':12s} boundary {found['placed']['boundary']}, acceleration {found['placed']['accel']}")
-            for missing in found["placed"]["degraded"]:
-                print(f"  {'':12s} missing: {missing}")
-        if found["remedy"]:
-            print(f"  {'':12s} remedy: {found['remedy']}")
 
 
 @sandbox.command()

@@ -81,6 +81,7 @@ def test_doctor_and_refusals(tmp_path: Path) -> None:
     assert [engine["ok"] for engine in told["engines"] if engine["name"] == "process"] == [True]
     assert "process" in command("doctor", *only).stdout
     assert "no engine is called" in command("doctor", "--engine", "none", "--home", str(tmp_path)).stderr
+    assert "choose from pool" in command("install", "--engine", "none").stderr
     found = command("serve", "--host", "0.0.0.0", "--home", str(tmp_path))
     assert found.returncode == 2
     assert "can be reached from elsewhere" in found.stderr

@@ -20,6 +20,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from abyssal.base.errors import AbyssalError
+from abyssal.sandbox import packages
 from abyssal.sandbox.agent import USERS, Agent, Hello
 from abyssal.sandbox.api import Box, Command, Exit, Feature, Placed, Probe, Spec, Substrate
 from abyssal.sandbox.engines.bundle import (
@@ -76,9 +77,9 @@ class BwrapEngine:
         return Placed(self.name, "shared-kernel", degraded=(*self._soft, *ALWAYS))
 
     async def probe(self) -> Probe:
-        remedy = "apt-get install bubblewrap libseccomp2"
+        remedy = packages.remedy(self.name)
         if shutil.which("bwrap") is None:
-            return Probe(False, None, "bwrap is not installed", remedy)
+            return Probe(False, None, "bwrap is not on PATH", remedy)
         begin = time.monotonic()
         try:
             with tempfile.TemporaryDirectory(prefix="probe.", dir=self.state) as folder:

@@ -30,7 +30,6 @@ class GvisorEngine(RuncEngine):
 
     name = "gvisor"
     program = "runsc"
-    package = "runsc"
     boundary: Boundary = "user-kernel"
     filtered = False
     own_pids = 256

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from abyssal.base.errors import AbyssalError
+from abyssal.sandbox import packages
 from abyssal.sandbox.api import (
     Box,
     Command,
@@ -80,7 +81,7 @@ class PoolEngine:
         except (AbyssalError, OSError) as error:
             return Probe(False, None, f"a trial call did not run: {error}")
         if not isinstance(seen[0], Stdout) or seen[0].data != b"42\n":
-            return Probe(False, None, f"a trial call answered {seen!r}", "apt-get install python3")
+            return Probe(False, None, f"a trial call answered {seen!r}", packages.remedy(self.name))
         return Probe(True, self._placed, f"a call was answered in {time.monotonic() - begin:.2f} s")
 
     async def create(self, box_id: str, spec: Spec, folder: Path) -> Box:

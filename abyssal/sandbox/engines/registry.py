@@ -26,11 +26,12 @@ def installed(state: Path, *, allow_unsafe: bool = False, names: Sequence[str] =
     from abyssal.sandbox.engines.qemu_microvm import QemuMicrovmEngine
     from abyssal.sandbox.engines.qemu_vm import QemuVmEngine
     from abyssal.sandbox.engines.runc import RuncEngine
+    from abyssal.sandbox.engines.wasm import WasmEngine
 
     runc = RuncEngine(state)
     # gVisor comes last: its stronger boundary costs time, and is for those who ask for it
     found: list[Engine] = [
-        PoolEngine(state, runc), runc, BwrapEngine(state), GvisorEngine(state),
+        PoolEngine(state, runc), WasmEngine(state), runc, BwrapEngine(state), GvisorEngine(state),
         QemuMicrovmEngine(state), QemuVmEngine(state),
     ]  # fmt: skip
     if allow_unsafe:

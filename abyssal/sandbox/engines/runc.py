@@ -15,6 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from abyssal.base.errors import AbyssalError
+from abyssal.sandbox import packages
 from abyssal.sandbox.agent import Agent, Hello
 from abyssal.sandbox.api import Boundary, Box, Command, Exit, Feature, Placed, Probe, Spec, Substrate
 from abyssal.sandbox.engines import bundle
@@ -39,7 +40,6 @@ class RuncEngine:
 
     name = "runc"
     program = "runc"
-    package = "runc"
     boundary: Boundary = "shared-kernel"
     filtered = True
     own_pids = 0  # threads that the runtime itself keeps among the container's
@@ -59,7 +59,7 @@ class RuncEngine:
 
     async def probe(self) -> Probe:
         if shutil.which(self.program) is None:
-            return Probe(False, None, f"{self.program} is not installed", f"apt-get install {self.package}")
+            return Probe(False, None, f"{self.program} is not on PATH", packages.remedy(self.name))
         begin = time.monotonic()
         try:
             with tempfile.TemporaryDirectory(prefix="probe.", dir=self.state) as folder:
@@ -70,7 +70,7 @@ class RuncEngine:
                 finally:
                     await box.stop()
         except (AbyssalError, OSError) as error:
-            return Probe(False, None, f"a trial container did not run: {error}", f"apt-get install {self.package}")
+            return Probe(False, None, f"a trial container did not run: {error}", packages.remedy(self.name))
         if ends[0].code:
             return Probe(False, None, f"a trial command ended with {ends[0].code}")
         return Probe(True, self.placed, f"a container ran a command in {time.monotonic() - begin:.2f} s")

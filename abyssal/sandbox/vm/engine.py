@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from abyssal.base.files import write_folder
+from abyssal.sandbox import packages
 from abyssal.sandbox.api import Accel, Boundary, Feature, Limits, Placed, Probe, Spec, Substrate
 from abyssal.sandbox.engines.bundle import claimed
 from abyssal.sandbox.engines.placing import check
@@ -78,8 +79,7 @@ class MachineEngine:
                 took = time.monotonic() - begin
                 await box.stop()
         except SandboxError as error:
-            remedy = "apt-get install qemu-system-x86 qemu-utils bubblewrap erofs-utils lz4 e2fsprogs"
-            return Probe(False, None, f"no guest answered: {error}", remedy)
+            return Probe(False, None, f"no guest answered: {error}", packages.remedy(self.name))
         return Probe(True, box.placed, f"a guest answered after {took:.1f} s; {(await self._accel()).why}")
 
     async def create(self, box_id: str, spec: Spec, folder: Path) -> VmBox:
