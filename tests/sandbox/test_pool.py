@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import uuid
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
@@ -12,28 +13,34 @@ from abyssal.sandbox.api import Box, Command, Spec
 from abyssal.sandbox.conformance.bench import SMALL, python, run
 from abyssal.sandbox.engines.bwrap import BwrapEngine
 from abyssal.sandbox.engines.pool import PoolEngine
+from abyssal.sandbox.engines.runc import RuncEngine
 from abyssal.sandbox.errors import SandboxError, Unsupported
+from tests.sandbox.traces import traces
+
+Kind = type[RuncEngine] | type[BwrapEngine]
 
 
-def with_box(state: Path, work: Callable[[Box], Awaitable[None]]) -> None:
+def with_box(state: Path, work: Callable[[Box], Awaitable[None]], inner: Kind = BwrapEngine) -> None:
     async def whole() -> None:
-        engine = PoolEngine(state, BwrapEngine(state))
+        engine = PoolEngine(state, inner(state))
         probe = await engine.probe()
         if not probe.ok:
             pytest.skip(f"{probe.detail} ({probe.remedy})")
         folder = state / "box"
         folder.mkdir()
-        box = await engine.create("function-test", Spec("function", limits=SMALL), folder)
+        box_id = f"function-{uuid.uuid4().hex[:12]}"
+        box = await engine.create(box_id, Spec("function", limits=SMALL), folder)
         try:
             await work(box)
         finally:
             await box.stop()
-        assert not list(Path("/sys/fs/cgroup").glob("**/function-test*"))
+        assert traces(box_id) == []
 
     asyncio.run(whole())
 
 
-def test_calls_answer_and_fail(state: Path) -> None:
+@pytest.mark.parametrize("inner", [RuncEngine, BwrapEngine])
+def test_calls_answer_and_fail(state: Path, inner: Kind) -> None:
     async def work(box: Box) -> None:
         assert (await run(box, python("import sys; print(sys.argv[1:])", "a", "b"))).stdout == "['a', 'b']\n"
         assert (await run(box, ("call", "math:hypot", "[3, 4]"))).stdout == "5.0\n"
@@ -43,7 +50,7 @@ def test_calls_answer_and_fail(state: Path) -> None:
         ended = await run(box, python("while True: pass"), timeout=0.5)
         assert ended.exit.timed_out and ended.exit.signal == 9
 
-    with_box(state, work)
+    with_box(state, work, inner)
 
 
 def test_nothing_is_left_for_the_next_call(state: Path) -> None:

@@ -11,7 +11,7 @@ def traces(box_id: str) -> list[str]:
     """All that names it."""
     mounted = Path("/proc/self/mountinfo").read_text().splitlines()
     found = [line for line in mounted if box_id in line]
-    found += [str(path) for path in Path("/sys/fs/cgroup").glob(f"**/{box_id}")]
+    found += [str(path) for path in Path("/sys/fs/cgroup").glob(f"**/{box_id}*")]
     found += [str(path) for path in RUN.glob(f"**/{box_id}*")]
     loops = Path("/sys/block").glob("loop*/loop/backing_file")
     found += [text for text in map(_text, loops) if box_id in text]
