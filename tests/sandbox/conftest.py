@@ -11,8 +11,7 @@ import pytest
 from abyssal.sandbox.errors import Unsupported
 from abyssal.sandbox.guest import build
 
-# minutes each: emulated machines, and a server that is killed at many moments
-LONG = {"test_crashes", "test_vm_conformance", "test_vm_guests"}
+LONG = {"test_vm_conformance", "test_vm_guests"}  # minutes each, where processors are emulated
 
 
 @pytest.hookimpl(tryfirst=True)
