@@ -11,7 +11,7 @@ import pytest
 from abyssal.sandbox.errors import Unsupported
 from abyssal.sandbox.guest import build
 
-LONG = {"test_vm_conformance", "test_vm_guests"}  # minutes each, where processors are emulated
+LONG = {"test_vm_conformance"}  # minutes, where processors are emulated
 
 
 @pytest.hookimpl(tryfirst=True)
