@@ -189,6 +189,13 @@ class Agent:
             frames.put_nowait(None)
         return op, frames
 
+    def join(self, number: int) -> asyncio.Queue[Frame | None] | None:
+        """Frames of an operation that the guest began; None where it gave a number that is in use."""
+        if number in self._ops or self.lost:
+            return None
+        self._ops[number] = asyncio.Queue()
+        return self._ops[number]
+
     def forget(self, op: int) -> None:
         """Nobody waits for its frames any more."""
         self._ops.pop(op, None)

@@ -17,6 +17,9 @@ HEAD = struct.Struct("<IBI")  # length, kind, operation
 LONGEST = (1 << 20) + 5
 STDIN_WINDOW = 65536
 READ_MOST = 262144
+STREAM_WINDOW = 65536  # bytes of a connection that may be on their way, in either direction
+STREAMS_MOST = 128  # connections at once
+GUEST_NUMBERS = 1 << 31  # from here on, numbers are given by the guest
 
 
 class Kind(IntEnum):
@@ -42,6 +45,12 @@ class Kind(IntEnum):
     ABORT = 26
     SYNC = 32
     BYE = 33
+    LISTEN = 40
+    CONNECT = 41
+    SEND = 42
+    FINISH = 43
+    GRANT = 44
+    DROP = 45
     READY = 64
     STARTED = 65
     OUT = 66
@@ -52,6 +61,11 @@ class Kind(IntEnum):
     OK = 71
     FAIL = 72
     LISTED = 73
+    ACCEPTED = 80
+    RECEIVED = 81
+    FINISHED = 82
+    TAKEN = 83
+    DROPPED = 84
 
 
 Fields = list[tuple[str, str]]

@@ -36,7 +36,7 @@ from abyssal.sandbox.engines.bundle import (
     reachable_agent,
 )
 from abyssal.sandbox.engines.bundle import remove as bundle_remove
-from abyssal.sandbox.engines.container import ContainerBox
+from abyssal.sandbox.engines.container import ContainerBox, connected
 from abyssal.sandbox.engines.placing import check, whole
 from abyssal.sandbox.engines.watchdog import watch
 from abyssal.sandbox.errors import ImageError, Unsupported
@@ -48,7 +48,7 @@ from abyssal.sandbox.host_image import fill, programs
 
 START_S = 20.0
 WRITABLE = {"work": 0o755, "home/user": 0o755, "var/tmp": 0o777}
-FEATURES: frozenset[Feature] = frozenset({"files", "stdin", "tty", "background", "snapshot"})
+FEATURES: frozenset[Feature] = frozenset({"files", "stdin", "tty", "background", "snapshot", "network", "ports"})
 ALWAYS = ("disk-soft", "one user only", "outside of /work, the home and temporary folders nothing can be written")
 
 
@@ -96,7 +96,7 @@ class BwrapEngine:
         return Probe(True, self.placed, f"a container ran a command in {time.monotonic() - begin:.2f} s")
 
     async def create(self, box_id: str, spec: Spec, folder: Path) -> Box:
-        check(self.name, self.substrates, self.placed, spec)
+        check(self.name, self.substrates, self.features, self.placed, spec)
         if spec.image != "host":
             raise ImageError(f"engine bwrap shows image 'host' alone, not {spec.image!r}: use engine runc as root")
         if spec.user != "user":
@@ -146,7 +146,7 @@ class BwrapEngine:
             box_id, self.placed, self.features, agent, folder, upper, group, end, None, USERS["user"].uid
         )
         dog = asyncio.create_task(watch(child.pid, upper, spec.limits, box.ended_by, memory=group is None))
-        return box
+        return await connected(box, spec.network)
 
     def _host_root(self) -> tuple[Path, tuple[str, ...]]:
         """The root that all boxes share, read-only; made once, until the folder that it lies in is emptied."""

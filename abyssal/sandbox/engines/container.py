@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from abyssal.base.files import sha256_of, write_json
@@ -15,6 +16,9 @@ from abyssal.sandbox.engines.bundle import SCRUBBED
 from abyssal.sandbox.errors import Cause, Unsupported
 from abyssal.sandbox.host.cgroups import Group
 from abyssal.sandbox.image import pack
+from abyssal.sandbox.network.egress import Egress
+from abyssal.sandbox.network.policy import Denied
+from abyssal.sandbox.network.streams import Duplex
 
 STOP_S = 5.0
 
@@ -39,6 +43,7 @@ class ContainerBox:
         self.files: Files = AgentFiles(agent)
         self._agent, self._folder, self._upper, self._group = agent, folder, upper, group
         self._end, self._copy, self._owner = end, copy, owner
+        self._egress = Egress(agent, agent.greeting.env)
         self._stopped = False
         self._ended_by: Cause | None = None
         agent.cause = self._cause
@@ -57,7 +62,8 @@ class ContainerBox:
         return "oom" if self._group is not None and self._group.oom_kills() else "unknown"
 
     async def start(self, command: Command) -> Process:
-        return await agent_process.start(self._agent, command)
+        env = self._egress.environment(command.env)
+        return await agent_process.start(self._agent, replace(command, env=env))
 
     async def pause(self) -> None:
         if self._group is None:
@@ -94,11 +100,19 @@ class ContainerBox:
             raise Unsupported(f"engine {self.placed.engine} cannot fork: choose engine runc")
         layer = self._folder / "fork"
         await self.snapshot(layer)
-        return [await self._copy(each, layer / "layer.erofs") for each in ids]
+        copies = [await self._copy(each, layer / "layer.erofs") for each in ids]
+        for copy in copies:
+            await copy.set_network(self._egress.network)
+        return copies
 
     async def set_network(self, network: Network) -> None:
-        if network.mode != "none":
-            raise Unsupported(f"engine {self.placed.engine} has no network policies yet: use Network('none')")
+        await self._egress.set(network)
+
+    async def dial(self, port: int) -> Duplex:
+        return await self._egress.dial(port)
+
+    def tell_denied(self, told: Callable[[Denied], None]) -> None:
+        self._egress.denied = told
 
     async def usage(self) -> Usage:
         return Usage() if self._group is None else self._group.usage()
@@ -107,6 +121,17 @@ class ContainerBox:
         if self._stopped:
             return
         self._stopped = True
+        await self._egress.close()
         await self._agent.bye()
         await self._end()
         await self._agent.close()
+
+
+async def connected(box: ContainerBox, network: Network) -> ContainerBox:
+    """A new box with its network; stopped where it cannot have it."""
+    try:
+        await box.set_network(network)
+    except BaseException:
+        await box.stop()
+        raise
+    return box

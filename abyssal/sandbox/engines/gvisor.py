@@ -33,7 +33,9 @@ class GvisorEngine(RuncEngine):
     boundary: Boundary = "user-kernel"
     filtered = False
     own_pids = 256
-    features: frozenset[Feature] = frozenset({"files", "stdin", "tty", "background", "pause", "snapshot", "fork"})
+    features: frozenset[Feature] = frozenset(
+        {"files", "stdin", "tty", "background", "pause", "snapshot", "fork", "network", "ports"}
+    )
 
     @property
     def placed(self) -> Placed:

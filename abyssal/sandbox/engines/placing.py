@@ -7,15 +7,17 @@ from collections.abc import Coroutine, Sequence
 from contextlib import suppress
 from typing import Any
 
-from abyssal.sandbox.api import STRENGTH, Box, Placed, Spec, Substrate
+from abyssal.sandbox.api import STRENGTH, Box, Feature, Placed, Spec, Substrate
 from abyssal.sandbox.errors import Unsupported
+from abyssal.sandbox.network.policy import check_policy
 
 
-def check(name: str, substrates: Sequence[Substrate], placed: Placed, spec: Spec) -> None:
+def check(name: str, substrates: Sequence[Substrate], features: frozenset[Feature], placed: Placed, spec: Spec) -> None:
     """Compare what is asked for with what there is (sandbox.md 3, rule 2).
 
     Raises:
         Unsupported: with what is missing.
+        BadRequest: the network policy is none.
     """
     want = spec.require
     if spec.substrate not in substrates:
@@ -26,8 +28,9 @@ def check(name: str, substrates: Sequence[Substrate], placed: Placed, spec: Spec
         raise Unsupported(f"engine {name} has acceleration {placed.accel}, not {want.accel}")
     if want.hard and placed.degraded:
         raise Unsupported(f"engine {name} cannot enforce everything on this host: {', '.join(placed.degraded)}")
-    if spec.network.mode != "none":
-        raise Unsupported(f"engine {name} has no network policies yet: use Network('none')")
+    if spec.network.mode != "none" and "network" not in features:
+        raise Unsupported(f"engine {name} has no network: use Network('none'), or substrate container, microvm or vm")
+    check_policy(spec.network)
 
 
 async def whole(work: Coroutine[Any, Any, Box]) -> Box:

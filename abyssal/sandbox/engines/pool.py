@@ -90,7 +90,7 @@ class PoolEngine:
             if probe.placed is None:
                 raise Unsupported(f"engine pool needs engine {self._inner.name}, which does not run: {probe.detail}")
             self._placed = replace(probe.placed, engine=self.name)
-        check(self.name, self.substrates, self._placed, spec)
+        check(self.name, self.substrates, self.features, self._placed, spec)
         box = PoolBox(box_id, self._placed, self.features, self._inner, spec, folder)
         try:
             await box.warm()

@@ -20,7 +20,7 @@ from abyssal.sandbox.agent import Agent, Hello
 from abyssal.sandbox.api import Boundary, Box, Command, Exit, Feature, Placed, Probe, Spec, Substrate
 from abyssal.sandbox.engines import bundle
 from abyssal.sandbox.engines.bundle import RUN, Root
-from abyssal.sandbox.engines.container import ContainerBox
+from abyssal.sandbox.engines.container import ContainerBox, connected
 from abyssal.sandbox.engines.placing import check, whole
 from abyssal.sandbox.errors import ImageError, Timeout
 from abyssal.sandbox.host.cgroups import Group
@@ -44,7 +44,9 @@ class RuncEngine:
     filtered = True
     own_pids = 0  # threads that the runtime itself keeps among the container's
     substrates: tuple[Substrate, ...] = ("container",)
-    features: frozenset[Feature] = frozenset({"files", "stdin", "tty", "background", "pause", "snapshot", "fork"})
+    features: frozenset[Feature] = frozenset(
+        {"files", "stdin", "tty", "background", "pause", "snapshot", "fork", "network", "ports"}
+    )
 
     def __init__(self, state: Path):
         self.state = state
@@ -76,12 +78,12 @@ class RuncEngine:
         return Probe(True, self.placed, f"a container ran a command in {time.monotonic() - begin:.2f} s")
 
     async def create(self, box_id: str, spec: Spec, folder: Path) -> Box:
-        check(self.name, self.substrates, self.placed, spec)
+        check(self.name, self.substrates, self.features, self.placed, spec)
         image = await asyncio.to_thread(self._image, spec.image)
         return await whole(self._create(box_id, spec, folder, image))
 
     async def restore(self, box_id: str, spec: Spec, folder: Path, snapshot: Path) -> Box:
-        check(self.name, self.substrates, self.placed, spec)
+        check(self.name, self.substrates, self.features, self.placed, spec)
         layer = snapshot / "layer.erofs"
         if not layer.is_file():
             raise ImageError(f"no layer of a container lies in {snapshot}")
@@ -124,7 +126,8 @@ class RuncEngine:
             new_folder.mkdir(exist_ok=True)
             return await self._create(new_id, spec, new_folder, grown)
 
-        return ContainerBox(box_id, self.placed, self.features, agent, folder, root.upper, group, end, copy)
+        box = ContainerBox(box_id, self.placed, self.features, agent, folder, root.upper, group, end, copy)
+        return await connected(box, spec.network)
 
     def within(self, group: Group) -> list[str]:
         """What comes before the runtime's command line; runc puts the container into its group by itself."""

@@ -77,7 +77,7 @@ class WasmEngine:
         return Probe(True, PLACED, f"a call was answered in {time.monotonic() - begin:.2f} s")
 
     async def create(self, box_id: str, spec: Spec, folder: Path) -> Box:
-        check(self.name, self.substrates, PLACED, spec)
+        check(self.name, self.substrates, self.features, PLACED, spec)
         if spec.image != "host":
             raise Unsupported(f"engine wasm has no images, only its own Python: not {spec.image!r}")
         return WasmBox(box_id, spec, await asyncio.to_thread(lambda: self.compiled), self.features)

@@ -57,7 +57,16 @@ static bool empty(const char *path) {
   return folder && count < 3;
 }
 
+/* Connections are of the incarnation in which they began; a machine that only stood still has the same seed as before. */
+static void end_connections(const char *seed) {
+  static char known[65];
+  if (!strcmp(known, seed)) return;
+  snprintf(known, sizeof known, "%s", seed);
+  streams_end();
+}
+
 static void hello(const struct frame *f) {
+  end_connections(field(f, "seed", ""));
   if (getpid() == 1) identity(f); /* else this is not a sandbox of its own, but a test on somebody's machine */
   base.uid = (uid_t)number(f, "uid", base.uid);
   base.gid = (gid_t)number(f, "gid", base.gid);
@@ -87,6 +96,7 @@ static void handle(const struct frame *f) {
     case STDIN: case END_OF_INPUT: case SIGNAL: case RESIZE: case CREDIT: process_frame(f); break;
     case READ: case WRITE: case CHUNK: case CLOSE: case STAT: case LIST: case MKDIR: case MOVE: case REMOVE:
     case LINK: case ABORT: files_frame(f); break;
+    case LISTEN: case CONNECT: case SEND: case FINISH: case GRANT: case DROP: streams_frame(f); break;
     case SYNC: sync(); send_frame(OK, f->op, "", 0); break;
     case BYE: bye = true; break;
     default: send_fail(f->op, ENOSYS, "frame");
@@ -108,11 +118,13 @@ static void loop(void) {
     polls[1] = (struct pollfd){queued() ? channel_out() : -1, POLLOUT, 0};
     polls[2] = (struct pollfd){signals, POLLIN, 0};
     size_t count = process_poll(polls + 3, room - 3);
-    if (poll(polls, 3 + count, wait) < 0 && errno != EINTR) return;
+    size_t streams = streams_poll(polls + 3 + count, room - 3 - count);
+    if (poll(polls, 3 + count + streams, wait) < 0 && errno != EINTR) return;
     struct signalfd_siginfo info;
     while (read(signals, &info, sizeof info) > 0) {}
     reap();
     process_ready(polls + 3, count);
+    streams_ready(polls + 3 + count, streams);
     if (polls[0].revents && !channel_read()) {
       if (!base.machine) return;
       usleep(5000); /* nobody holds the other end of the port now; somebody will again */

@@ -5,6 +5,7 @@
  * tree.c       all that a command started: found in /proc, stopped, killed
  * files.c      files
  * init.c       what a machine's first process does besides
+ * streams.c    connections that the host carries on
  * groups.c     its control groups: limits, what a command used, whether the kernel killed it
  * agent.c      options and the loop
  */
@@ -26,9 +27,11 @@ enum { /* host to guest */
   HELLO = 1, EXEC, STDIN, END_OF_INPUT, SIGNAL, RESIZE, CREDIT,
   READ = 16, WRITE, CHUNK, CLOSE, STAT, LIST, MKDIR, MOVE, REMOVE, LINK, ABORT,
   SYNC = 32, BYE,
+  LISTEN = 40, CONNECT, SEND, FINISH, GRANT, DROP,
 };
 enum { /* guest to host */
   READY = 64, STARTED, OUT, ERR, EXITED, TOOK, DATA, OK, FAIL, LISTED,
+  ACCEPTED = 80, RECEIVED, FINISHED, TAKEN, DROPPED,
 };
 
 struct bytes { char *at; size_t size, room; };
@@ -76,6 +79,13 @@ void files_frame(const struct frame *f);
 int make_folders(const char *path, unsigned mode); /* 0 or errno; of folders that are missing */
 char *absolute(const char *path);
 void files_act(bool as_base); /* take the identity that file operations have, or the agent's again */
+
+/* streams.c */
+void streams_frame(const struct frame *f);
+size_t streams_poll(struct pollfd *into, size_t room);
+void streams_ready(const struct pollfd *from, size_t count);
+void streams_end(void);             /* all of them, and nothing listens any more */
+void streams_close_inherited(void); /* in a child that runs no other program */
 
 /* init.c */
 int machine_begin(void); /* the channel's fd */

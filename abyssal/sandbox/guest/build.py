@@ -12,7 +12,7 @@ from abyssal.base.files import write_aside
 from abyssal.sandbox.errors import Unsupported
 
 SOURCES = Path(__file__).parent
-AGENT = ("agent.c", "frames.c", "processes.c", "tree.c", "files.c", "init.c", "groups.c")
+AGENT = ("agent.c", "frames.c", "processes.c", "tree.c", "files.c", "streams.c", "init.c", "groups.c")
 FLAGS = ("-std=gnu11", "-static", "-O2", "-Wall", "-Wextra", "-Werror")
 REMEDY = "apt-get install gcc libc6-dev"
 

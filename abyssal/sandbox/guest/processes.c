@@ -164,6 +164,7 @@ static void close_inherited(void) {
     shut(&o->in);
     shut(&o->reports);
   }
+  streams_close_inherited();
   close(channel_in());
   close(channel_out());
 }

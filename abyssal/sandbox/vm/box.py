@@ -6,8 +6,8 @@ import asyncio
 import contextlib
 import secrets
 import shutil
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from abyssal.sandbox import agent_process, wire
@@ -16,8 +16,11 @@ from abyssal.sandbox.agent_files import AgentFiles
 from abyssal.sandbox.agent_process import AgentProcess
 from abyssal.sandbox.api import Command, Feature, Files, Limits, Network, Placed, Spec, Usage
 from abyssal.sandbox.engines.bundle import RUN, claim
-from abyssal.sandbox.errors import AgentLost, Cause, Timeout, Unsupported
+from abyssal.sandbox.errors import AgentLost, Cause, Timeout
 from abyssal.sandbox.host.cgroups import Group
+from abyssal.sandbox.network.egress import Egress
+from abyssal.sandbox.network.policy import Denied
+from abyssal.sandbox.network.streams import Duplex
 from abyssal.sandbox.vm import disks, memory
 from abyssal.sandbox.vm.layer import packed
 from abyssal.sandbox.vm.machine import Machine
@@ -26,7 +29,7 @@ from abyssal.sandbox.vm.qemu import Hardware
 
 MIB = 1 << 20
 FEATURES: frozenset[Feature] = frozenset(
-    {"files", "stdin", "tty", "background", "pause", "snapshot", "memory-snapshot", "fork"}
+    {"files", "stdin", "tty", "background", "pause", "snapshot", "memory-snapshot", "fork", "network", "ports"}
 )
 SCRATCH = "scratch.img"
 ANSWER = 20.0  # seconds that a live guest has for an answer
@@ -73,6 +76,7 @@ class VmBox:
         self.id, self.placed, self.features = box_id, origin.placed, FEATURES
         self._origin, self._folder, self._machine, self._group = origin, folder, machine, group
         self._agent: Agent
+        self._egress: Egress
         self.files: Files
         self._spent = Usage()
         self._lock = asyncio.Lock()
@@ -130,12 +134,15 @@ class VmBox:
         self._agent.cause = self._cause
         await self._agent.hello(hello, ANSWER)
         self.files = AgentFiles(self._agent)
+        self._egress = Egress(self._agent, self._origin.env)
+        await self._egress.set(self._origin.spec.network)
 
     def _cause(self) -> Cause:
         return "oom" if not self._machine.stopped and self._group.oom_kills() else self._machine.cause()
 
     async def start(self, command: Command) -> AgentProcess:
         user = command.user or self._agent.greeting.user
+        command = replace(command, env=self._egress.environment(command.env))
         return await agent_process.start(self._agent, command, caps=user == "root")
 
     async def pause(self) -> None:
@@ -180,6 +187,8 @@ class VmBox:
             raise
 
     async def fork(self, ids: Sequence[str]) -> Sequence[VmBox]:
+        # from its first moment on, under the policy that holds now
+        origin = replace(self._origin, spec=replace(self._origin.spec, network=self._egress.network))
         async with self._lock:
             scratch = self._folder / "fork.img"
             saved = await self._saved(scratch)
@@ -188,7 +197,7 @@ class VmBox:
             async def child(box_id: str) -> VmBox:
                 async with turn:
                     folder = self._folder.with_name(box_id)
-                    return await VmBox.awaken(box_id, self._origin, saved, folder, scratch)
+                    return await VmBox.awaken(box_id, origin, saved, folder, scratch)
 
             try:
                 made = await asyncio.gather(*map(child, ids), return_exceptions=True)
@@ -203,8 +212,13 @@ class VmBox:
             return boxes
 
     async def set_network(self, network: Network) -> None:
-        if network.mode != "none":
-            raise Unsupported(f"machines of {self.placed.engine} have no network yet, asked for {network.mode!r}")
+        await self._egress.set(network)
+
+    async def dial(self, port: int) -> Duplex:
+        return await self._egress.dial(port)
+
+    def tell_denied(self, told: Callable[[Denied], None]) -> None:
+        self._egress.denied = told
 
     async def usage(self) -> Usage:
         return self._spent if self._machine.stopped else self._group.usage()
@@ -215,6 +229,8 @@ class VmBox:
         self._spent = self._group.usage()
         try:
             await self._machine.end()
+            if hasattr(self, "_egress"):
+                await self._egress.close()
             if hasattr(self, "_agent"):
                 await self._agent.close()
         finally:

@@ -112,7 +112,7 @@ class MachineEngine:
         how = (await self._accel()).accel
         boundary: Boundary = "vm-hardware" if how == "kvm" else "vm-emulated"
         placed = Placed(self.name, boundary, how, Hierarchies.find().missing())
-        check(self.name, self.substrates, placed, spec)
+        check(self.name, self.substrates, self.features, placed, spec)
         return placed
 
     async def _accel(self) -> Found:
