@@ -7,7 +7,7 @@ HTTP, the log, pools) speaks to this contract alone, and `conformance` holds eve
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, Protocol, runtime_checkable
@@ -275,6 +275,40 @@ class Files(Protocol):
         """A folder as a tar stream, names sorted."""
 
 
+class Duplex(Protocol):
+    """Bytes both ways."""
+
+    async def read(self) -> bytes:
+        """Some bytes; nothing at the end of what the other side sends.
+
+        Raises:
+            ConnectionError: the connection broke.
+        """
+
+    async def write(self, data: bytes) -> None:
+        """Send; waits while the other side is behind.
+
+        Raises:
+            ConnectionError: the connection broke.
+        """
+
+    async def finish(self) -> None:
+        """Nothing more will be sent; the other side still may."""
+
+    async def close(self) -> None:
+        """End it, whatever is under way; a second time does nothing."""
+
+
+@dataclass(frozen=True)
+class Denied:
+    """A connection that was refused: where to, and why. `address` is empty where no name was resolved."""
+
+    host: str
+    port: int
+    address: str
+    reason: str
+
+
 class Box(Protocol):
     """A live sandbox on this host.
 
@@ -339,6 +373,23 @@ class Box(Protocol):
 
     async def stop(self) -> None:
         """End it and remove all that it had on this host; a second time does nothing."""
+
+
+@runtime_checkable
+class Networked(Protocol):
+    """A box that programs can reach others from, and be reached in; its features are "network" and "ports"."""
+
+    async def dial(self, port: int) -> Duplex:
+        """A connection to a port inside, on its loopback.
+
+        Raises:
+            NotFound: nobody listens there.
+            Timeout: it does not answer.
+            AgentLost: the sandbox is gone.
+        """
+
+    def tell_denied(self, told: Callable[[Denied], None]) -> None:
+        """Have somebody told of each connection that the policy refuses."""
 
 
 @dataclass(frozen=True)

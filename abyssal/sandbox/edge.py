@@ -24,8 +24,9 @@ from typing import Any, Self
 from abyssal.base.files import write_bytes
 from abyssal.sandbox import held, shapes
 from abyssal.sandbox.admission import Admission, Capacity
-from abyssal.sandbox.api import Adopts, Engine, Network, ProcessEvent, Spec
+from abyssal.sandbox.api import Adopts, Duplex, Engine, Network, ProcessEvent, Spec
 from abyssal.sandbox.errors import (
+    BadRequest,
     Divergence,
     Expired,
     NotFound,
@@ -280,6 +281,11 @@ class Edge:
     async def type(self, sandbox: str, op_id: str, data: bytes, actor: str = "local") -> None:
         recorded = self._find(sandbox).recorded
         await recorded.tty_input(recorded.find(op_id), data, actor)
+
+    async def dial(self, sandbox: str, port: int, actor: str = "local") -> Duplex:
+        if isinstance(port, bool) or not isinstance(port, int) or not 0 < port < 65536:
+            raise BadRequest(f"{port!r} is no port from 1 to 65535")
+        return await self._find(sandbox).dial(port, actor)
 
     async def operations(self, sandbox: str) -> Sequence[JSON]:
         return [

@@ -17,6 +17,7 @@ from abyssal.sandbox.api import (
     Substrate,
 )
 from abyssal.sandbox.errors import NotFound, SandboxError
+from abyssal.sandbox.network.ports import Forward
 from abyssal.sandbox.operation import Asked
 from abyssal.sandbox.sandbox import OnDivergence, Sandbox, Snapshot
 from abyssal.sandbox.service import Service, Wanted
@@ -32,6 +33,7 @@ class Sandboxes:
     def __init__(self, service: Service | None, *, opener: Callable[[], Awaitable[Service]] | None = None):
         self._service, self._opener = service, opener
         self._created: dict[str, Sandbox] = {}
+        self._forwards: list[Forward] = []
 
     @classmethod
     def connect(cls, where: str = "local", *, token: str | None = None, home: Path | None = None) -> Self:
@@ -80,6 +82,9 @@ class Sandboxes:
                     if error is None:
                         raise
         finally:
+            for forward in self._forwards:
+                await forward.close()
+            self._forwards.clear()
             if self._opener is not None:
                 await self.service.close()
                 self._service = None
@@ -173,6 +178,10 @@ class Sandboxes:
     def adopt(self, sandbox: Sandbox) -> None:
         """Stop it when the hub is left."""
         self._created[sandbox.id] = sandbox
+
+    def hold(self, forward: Forward) -> None:
+        """Close it when the hub is left."""
+        self._forwards.append(forward)
 
     def release(self, sandbox: Sandbox) -> None:
         """Do not."""

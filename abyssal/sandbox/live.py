@@ -6,17 +6,19 @@ import asyncio
 import json
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from abyssal.base.files import write_bytes
 from abyssal.sandbox import shapes
-from abyssal.sandbox.api import Box, Engine, Network
-from abyssal.sandbox.errors import BadRequest
+from abyssal.sandbox.api import Box, Duplex, Engine, Network, Networked
+from abyssal.sandbox.errors import BadRequest, LogError, Unsupported
 from abyssal.sandbox.held import Sheet
 from abyssal.sandbox.log.hiding import Hiding
 from abyssal.sandbox.log.writer import Log
+from abyssal.sandbox.network.ports import Dialled
 from abyssal.sandbox.operation import Operation
 from abyssal.sandbox.recorded import Recorded
 
@@ -58,7 +60,10 @@ class Live:
             "pause": self._pause, "resume": self._resume, "snapshot": self._snapshot, "fork": self._forked,
             "network": self._network, "ttl": self._ttl,
         }  # fmt: skip
+        self._dialled = 0
         self.recorded = Recorded(box, log, sheet.spec.limits, Hiding(key, secrets(folder)), extra)
+        if isinstance(box, Networked):
+            box.tell_denied(lambda denied: self._note("net.denied", shapes.plain(denied)))
 
     @property
     def box(self) -> Box:
@@ -66,6 +71,29 @@ class Live:
         if self.recorded.box is None or self.recorded.lost is not None:
             raise self.recorded.lost or BadRequest("the sandbox has no box")
         return self.recorded.box
+
+    def _note(self, kind: Any, res: Mapping[str, Any]) -> None:
+        with suppress(LogError):  # a connection of a sandbox that is being closed
+            self.recorded.log.add(kind, res=res)
+
+    async def dial(self, port: int, actor: str) -> Duplex:
+        """A connection to a port inside; while it is open, the sandbox is not idle.
+
+        Raises:
+            Unsupported: the engine has no ports.
+            NotFound, Timeout, AgentLost: nobody answers there.
+        """
+        box = self.box
+        if not isinstance(box, Networked):
+            raise Unsupported(f"engine {self.engine.name} has no ports: choose substrate container, microvm or vm")
+        self.recorded.log.add("port", actor=actor, res={"port": port})
+        found = await box.dial(port)
+        self._dialled += 1
+        return Dialled(found, self._left)
+
+    def _left(self) -> None:
+        self._dialled -= 1
+        self.recorded.active = time.monotonic()
 
     async def change(self, **fields: Any) -> None:
         """Change its sheet, on the disk first."""
@@ -78,7 +106,7 @@ class Live:
         if now >= self.sheet.deadline:
             return "ttl"
         idle = self.sheet.spec.idle_ttl
-        if idle is not None and self.sheet.status == "running" and not self.recorded.running:
+        if idle is not None and self.sheet.status == "running" and not self.recorded.running and not self._dialled:
             return "idle_ttl" if mono - self.recorded.active >= idle else None
         return None
 

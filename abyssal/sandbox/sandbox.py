@@ -9,8 +9,9 @@ from typing import Any, Literal, Protocol
 
 from abyssal.sandbox import shapes
 from abyssal.sandbox.api import Boundary, Network, Placed, ProcessEvent, shell
-from abyssal.sandbox.errors import Divergence
+from abyssal.sandbox.errors import Divergence, Unsupported
 from abyssal.sandbox.handles import Result, Running, SandboxFiles, Session, Terminal, result
+from abyssal.sandbox.network.ports import Forward
 from abyssal.sandbox.operation import Asked
 from abyssal.sandbox.service import Answer, Begun, Service
 
@@ -35,6 +36,8 @@ class Hub(Protocol):
 
     def release(self, sandbox: Sandbox) -> None: ...
 
+    def hold(self, forward: Forward) -> None: ...
+
 
 class Sandbox:
     """A sandbox; made by `Sandboxes`.
@@ -53,6 +56,7 @@ class Sandbox:
         self.stream_name, self._on_divergence = stream, on_divergence
         self.rollout: Mapping[str, Any] | None = None
         self.files = SandboxFiles(self)
+        self._forwards: list[Forward] = []
         self._ordinal = 0
         self._sessions = 0
 
@@ -212,6 +216,28 @@ class Sandbox:
         """Another policy, as a whole."""
         await self.call({"op": "network", "network": shapes.plain(network)})
 
+    async def port(self, port: int, *, local: int = 0) -> Forward:
+        """A port of this machine, on 127.0.0.1, whose connections lead to a port inside, on its loopback.
+
+        It is open until the sandbox is stopped or the hub is left; whoever is on this machine can connect to it.
+
+        Args:
+            port: inside; a program there may begin to listen later.
+            local: of this machine; 0 for one that is free.
+        Raises:
+            Unsupported: the engine has no ports.
+            OSError: the local one is taken.
+        """
+        placed = self.placed
+        if placed is not None:
+            engines = (await self.service.capabilities())["engines"]
+            if not any(engine["name"] == placed.engine and "ports" in engine["features"] for engine in engines):
+                raise Unsupported(f"engine {placed.engine} has no ports: choose substrate container, microvm or vm")
+        forward = await Forward.open(lambda: self.service.dial(self.id, port), local)
+        self._forwards.append(forward)
+        self._hub.hold(forward)
+        return forward
+
     async def set_ttl(self, seconds: float) -> None:
         """It ends this many seconds from now."""
         await self.call({"op": "ttl", "ttl": seconds})
@@ -237,6 +263,8 @@ class Sandbox:
     async def stop(self) -> None:
         """End it; its log stays."""
         self._hub.release(self)
+        for forward in self._forwards:
+            await forward.close()
         await self.service.destroy(self.id)
 
 

@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from abyssal.sandbox.api import ProcessEvent, Spec
+from abyssal.sandbox.api import Duplex, ProcessEvent, Spec
 from abyssal.sandbox.log.blobs import Kept
 from abyssal.sandbox.operation import Asked
 
@@ -82,6 +82,9 @@ class Service(Protocol):
 
     async def type(self, sandbox: str, op_id: str, data: bytes, actor: str = "local") -> None:
         """Type into a terminal."""
+
+    async def dial(self, sandbox: str, port: int, actor: str = "local") -> Duplex:
+        """A connection to a port inside, on its loopback; the caller closes it."""
 
     async def operations(self, sandbox: str) -> Sequence[JSON]:
         """All operations: op_id, seq, req, state."""

@@ -21,10 +21,11 @@ from typing import Any, Self
 
 from abyssal.sandbox.handles import Running, SandboxFiles, Session
 from abyssal.sandbox.hub import Sandboxes
+from abyssal.sandbox.network.ports import Forward
 from abyssal.sandbox.sandbox import Sandbox
 from abyssal.sandbox.service import Service
 
-_MIRRORED = (Sandboxes, Sandbox, Running, Session, SandboxFiles)
+_MIRRORED = (Sandboxes, Sandbox, Running, Session, SandboxFiles, Forward)
 _OVER = object()
 
 

@@ -11,14 +11,12 @@ from abyssal.base.files import sha256_of, write_json
 from abyssal.sandbox import agent_process
 from abyssal.sandbox.agent import Agent
 from abyssal.sandbox.agent_files import AgentFiles
-from abyssal.sandbox.api import Box, Command, Feature, Files, Network, Placed, Process, Usage
+from abyssal.sandbox.api import Box, Command, Denied, Duplex, Feature, Files, Network, Placed, Process, Usage
 from abyssal.sandbox.engines.bundle import SCRUBBED
 from abyssal.sandbox.errors import Cause, Unsupported
 from abyssal.sandbox.host.cgroups import Group
 from abyssal.sandbox.image import pack
 from abyssal.sandbox.network.egress import Egress
-from abyssal.sandbox.network.policy import Denied
-from abyssal.sandbox.network.streams import Duplex
 
 STOP_S = 5.0
 

@@ -16,9 +16,10 @@ from urllib.parse import quote
 import httpx2
 
 from abyssal.sandbox import shapes
-from abyssal.sandbox.api import ProcessEvent
+from abyssal.sandbox.api import Duplex, ProcessEvent
 from abyssal.sandbox.errors import BadRequest, SandboxError, Timeout
 from abyssal.sandbox.http import routes
+from abyssal.sandbox.http.tunnel import Tunnel
 from abyssal.sandbox.log.blobs import Kept
 from abyssal.sandbox.operation import Asked
 from abyssal.sandbox.service import JSON, Answer, Begun, Wanted
@@ -47,6 +48,7 @@ class HttpService:
             timeout=httpx2.Timeout(10.0, read=None), limits=httpx2.Limits(max_connections=None),
         )  # fmt: skip
         self._url, self._reconnect = url, reconnect
+        self._token, self._socket = token, socket
 
     @classmethod
     async def open(cls, url: str, token: str | None = None, *, socket: Path | None = None) -> Self:
@@ -168,6 +170,9 @@ class HttpService:
 
     async def type(self, sandbox: str, op_id: str, data: bytes, actor: str = "local") -> None:
         await self._json("POST", f"{_own(sandbox)}/ops/{quote(op_id, safe='')}/stdin", content=data)
+
+    async def dial(self, sandbox: str, port: int, actor: str = "local") -> Duplex:
+        return await Tunnel.open(self._url, f"{_own(sandbox)}/ports/{port}", self._token, self._socket)
 
     async def operations(self, sandbox: str) -> Sequence[JSON]:
         return await self._json("GET", f"{_own(sandbox)}/ops")

@@ -28,6 +28,7 @@ from abyssal.sandbox.http.gate import Gate
 from abyssal.sandbox.http.metrics import Metrics
 from abyssal.sandbox.http.routes import ROUTES, Route
 from abyssal.sandbox.http.terminal import terminal
+from abyssal.sandbox.http.tunnel import tunnel
 from abyssal.sandbox.replay import branch, rerun, view
 from abyssal.sandbox.service import Begun, Wanted
 
@@ -79,6 +80,7 @@ class SandboxServer:
             HttpRoute("/health", self._health, methods=["GET"]),
             HttpRoute("/metrics", self._guarded(self._metrics), methods=["GET"]),
             WebSocketRoute(f"{_OWN}/tty", lambda socket: terminal(self.gate, socket)),
+            WebSocketRoute(f"{_OWN}/ports/{{port:int}}", lambda socket: tunnel(self.gate, socket)),
             *E2b(self.gate).routes(),
             *Envd(self.gate).routes(),
         ]

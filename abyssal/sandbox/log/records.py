@@ -14,7 +14,7 @@ Kind = Literal[
     "create", "ready", "op.intent", "op.result", "op.resolved",
     "tty.open", "tty.in", "tty.out", "tty.close",
     "file.read", "file.list", "file.stat", "file.download",
-    "net.policy", "net.denied", "limit", "pause", "resume", "snapshot", "restore", "fork",
+    "net.policy", "net.denied", "port", "limit", "pause", "resume", "snapshot", "restore", "fork",
     "ttl", "violation", "agent.lost", "adopt", "log.cut", "expire", "destroy",
 ]  # fmt: skip
 KINDS: tuple[Kind, ...] = get_args(Kind)

@@ -7,11 +7,11 @@ import logging
 from collections.abc import Callable, Mapping
 
 from abyssal.sandbox.agent import Agent
-from abyssal.sandbox.api import Network
+from abyssal.sandbox.api import Denied, Duplex, Network
 from abyssal.sandbox.network import streams
-from abyssal.sandbox.network.policy import Denied, check_policy
+from abyssal.sandbox.network.policy import check_policy
 from abyssal.sandbox.network.proxy import Proxy, Resolver, system_resolver
-from abyssal.sandbox.network.streams import Duplex, Listener, Stream
+from abyssal.sandbox.network.streams import Listener, Stream
 
 logger = logging.getLogger("abyssal.sandbox")
 PORT = 3128  # unless a program has it

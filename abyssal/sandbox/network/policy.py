@@ -11,7 +11,6 @@ import errno
 import re
 import socket
 from collections.abc import Sequence
-from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv6Address, IPv6Network, ip_address, ip_network
 
 from abyssal.sandbox.api import Allowed, Network
@@ -23,16 +22,6 @@ METADATA = frozenset({IPv4Address("168.63.129.16")})
 _TRANSLATED = IPv6Network("64:ff9b::/96")  # an IPv4 address in its last bits
 _TRANSLATED_HERE = IPv6Network("64:ff9b:1::/48")
 _LABEL = re.compile(r"(?!-)[a-z0-9_-]{1,63}(?<!-)")
-
-
-@dataclass(frozen=True)
-class Denied:
-    """A connection that was refused: where to, and why. `address` is empty where no name was resolved."""
-
-    host: str
-    port: int
-    address: str
-    reason: str
 
 
 def check_policy(network: Network) -> None:

@@ -16,10 +16,10 @@ from urllib.parse import urlsplit
 
 import h11
 
-from abyssal.sandbox.api import Network
-from abyssal.sandbox.network.policy import Denied, is_address, refused_address, refused_target, tidy
+from abyssal.sandbox.api import Denied, Duplex, Network
+from abyssal.sandbox.network.policy import is_address, refused_address, refused_target, tidy
 from abyssal.sandbox.network.sockets import SocketDuplex
-from abyssal.sandbox.network.streams import Duplex, join
+from abyssal.sandbox.network.streams import join
 
 HEAD_S = 30.0  # for a request to be there
 CONNECT_S = 15.0

@@ -9,36 +9,14 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
-from typing import Protocol
 
 from abyssal.sandbox import wire
 from abyssal.sandbox.agent import Agent, split
-from abyssal.sandbox.errors import AgentLost, NotFound, Unsupported
+from abyssal.sandbox.api import Duplex
+from abyssal.sandbox.errors import AgentLost, NotFound, Timeout, Unsupported
 from abyssal.sandbox.wire import Frame, Kind
 
-
-class Duplex(Protocol):
-    """Bytes both ways."""
-
-    async def read(self) -> bytes:
-        """Some bytes; nothing at the end of what the other side sends.
-
-        Raises:
-            ConnectionError: the connection broke.
-        """
-
-    async def write(self, data: bytes) -> None:
-        """Send; waits while the other side is behind.
-
-        Raises:
-            ConnectionError: the connection broke.
-        """
-
-    async def finish(self) -> None:
-        """Nothing more will be sent; the other side still may."""
-
-    async def close(self) -> None:
-        """End it, whatever is under way; a second time does nothing."""
+CONNECT_S = 15.0
 
 
 class Stream:
@@ -140,18 +118,22 @@ async def connect(agent: Agent, port: int) -> Stream:
 
     Raises:
         NotFound: nobody listens there.
+        Timeout: it does not answer, as one that is paused.
         AgentLost: the sandbox is gone.
     """
     op, frames = agent.begin()
     try:
         await agent.send(Kind.CONNECT, op, wire.fields([("port", port)]))
-        answer = await agent.next(frames)
+        async with asyncio.timeout(CONNECT_S):
+            answer = await agent.next(frames)
         if answer.kind != Kind.OK:
             raise NotFound(f"port {port} cannot be reached in the sandbox: {answer.values().get('text', '')}")
-    except BaseException:
+    except BaseException as error:
         agent.forget(op)
         if not agent.lost:
             await agent.send(Kind.DROP, op)
+        if isinstance(error, TimeoutError):
+            raise Timeout(f"port {port} of the sandbox did not answer within {CONNECT_S:g} s") from None
         raise
     stream = Stream(agent, op, frames)
     try:

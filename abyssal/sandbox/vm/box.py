@@ -14,13 +14,11 @@ from abyssal.sandbox import agent_process, wire
 from abyssal.sandbox.agent import Agent, Hello
 from abyssal.sandbox.agent_files import AgentFiles
 from abyssal.sandbox.agent_process import AgentProcess
-from abyssal.sandbox.api import Command, Feature, Files, Limits, Network, Placed, Spec, Usage
+from abyssal.sandbox.api import Command, Denied, Duplex, Feature, Files, Limits, Network, Placed, Spec, Usage
 from abyssal.sandbox.engines.bundle import RUN, claim
 from abyssal.sandbox.errors import AgentLost, Cause, Timeout
 from abyssal.sandbox.host.cgroups import Group
 from abyssal.sandbox.network.egress import Egress
-from abyssal.sandbox.network.policy import Denied
-from abyssal.sandbox.network.streams import Duplex
 from abyssal.sandbox.vm import disks, memory
 from abyssal.sandbox.vm.layer import packed
 from abyssal.sandbox.vm.machine import Machine
