@@ -7,7 +7,7 @@ HTTP, the log, pools) speaks to this contract alone, and `conformance` holds eve
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, Protocol, runtime_checkable
@@ -299,6 +299,9 @@ class Duplex(Protocol):
         """End it, whatever is under way; a second time does nothing."""
 
 
+Resolver = Callable[[str, int], Awaitable[Sequence[str]]]  # addresses of a name
+
+
 @dataclass(frozen=True)
 class Denied:
     """A connection that was refused: where to, and why. `address` is empty where no name was resolved."""
@@ -387,6 +390,9 @@ class Networked(Protocol):
             Timeout: it does not answer.
             AgentLost: the sandbox is gone.
         """
+
+    def resolve_with(self, resolve: Resolver) -> None:
+        """Have names resolved in another way than this host's."""
 
     def tell_denied(self, told: Callable[[Denied], None]) -> None:
         """Have somebody told of each connection that the policy refuses."""

@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 from abyssal.sandbox.api import Engine, Spec
-from abyssal.sandbox.conformance import escaping, limiting, living, moving, running
+from abyssal.sandbox.conformance import escaping, limiting, living, moving, reaching, running
 from abyssal.sandbox.conformance.bench import SMALL, Bench, Check
 
 CHECKS: tuple[Check, ...] = tuple(
-    check for module in (running, moving, limiting, living, escaping) for check in module.check.all
+    check for module in (running, moving, limiting, living, escaping, reaching) for check in module.check.all
 )
 
 

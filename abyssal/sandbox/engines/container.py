@@ -11,7 +11,7 @@ from abyssal.base.files import sha256_of, write_json
 from abyssal.sandbox import agent_process
 from abyssal.sandbox.agent import Agent
 from abyssal.sandbox.agent_files import AgentFiles
-from abyssal.sandbox.api import Box, Command, Denied, Duplex, Feature, Files, Network, Placed, Process, Usage
+from abyssal.sandbox.api import Box, Command, Denied, Duplex, Feature, Files, Network, Placed, Process, Resolver, Usage
 from abyssal.sandbox.engines.bundle import SCRUBBED
 from abyssal.sandbox.errors import Cause, Unsupported
 from abyssal.sandbox.host.cgroups import Group
@@ -108,6 +108,9 @@ class ContainerBox:
 
     async def dial(self, port: int) -> Duplex:
         return await self._egress.dial(port)
+
+    def resolve_with(self, resolve: Resolver) -> None:
+        self._egress.resolve = resolve
 
     def tell_denied(self, told: Callable[[Denied], None]) -> None:
         self._egress.denied = told

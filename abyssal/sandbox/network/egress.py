@@ -7,10 +7,10 @@ import logging
 from collections.abc import Callable, Mapping
 
 from abyssal.sandbox.agent import Agent
-from abyssal.sandbox.api import Denied, Duplex, Network
+from abyssal.sandbox.api import Denied, Duplex, Network, Resolver
 from abyssal.sandbox.network import streams
 from abyssal.sandbox.network.policy import check_policy
-from abyssal.sandbox.network.proxy import Proxy, Resolver, system_resolver
+from abyssal.sandbox.network.proxy import Proxy, system_resolver
 from abyssal.sandbox.network.streams import Listener, Stream
 
 logger = logging.getLogger("abyssal.sandbox")
@@ -26,14 +26,15 @@ class Egress:
     Args:
         agent: greeted already.
         own: environment that its creator gave.
-        resolve: names to addresses.
     Attributes:
         network: the policy that holds.
+        resolve: names to addresses.
         denied: told of each refused connection.
     """
 
-    def __init__(self, agent: Agent, own: Mapping[str, str], resolve: Resolver = system_resolver):
-        self._agent, self._own, self._resolve = agent, own, resolve
+    def __init__(self, agent: Agent, own: Mapping[str, str]):
+        self._agent, self._own = agent, own
+        self.resolve: Resolver = system_resolver
         self.network = Network()
         self._listener: Listener | None = None
         self._count = 0
@@ -82,7 +83,7 @@ class Egress:
             await self._listener.close()
 
     async def _carry(self, stream: Stream) -> None:
-        await Proxy(stream, self.network, self._resolve, self._deny).run()
+        await Proxy(stream, self.network, self.resolve, self._deny).run()
 
     async def _deny(self, denied: Denied) -> None:
         self._count += 1

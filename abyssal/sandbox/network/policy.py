@@ -20,7 +20,9 @@ Address = IPv4Address | IPv6Address
 # public by their numbers, and yet a cloud's own: Azure's agent
 METADATA = frozenset({IPv4Address("168.63.129.16")})
 _TRANSLATED = IPv6Network("64:ff9b::/96")  # an IPv4 address in its last bits
-_TRANSLATED_HERE = IPv6Network("64:ff9b:1::/48")
+_PUBLIC_6 = IPv6Network("2000::/3")
+# not public, whatever the release of Python takes them for: a cloud's metadata among them, relays, documentation
+_SPECIAL = tuple(map(ip_network, ("192.0.0.0/24", "192.88.99.0/24", "2001::/23", "3fff::/20")))
 _LABEL = re.compile(r"(?!-)[a-z0-9_-]{1,63}(?<!-)")
 
 
@@ -98,8 +100,9 @@ def not_public(address: Address) -> str:
         return "the address is link-local or a cloud's metadata service"
     if address.is_loopback or address.is_unspecified:
         return "the address is this host's loopback"
-    local = isinstance(address, IPv6Address) and (address.is_site_local or address in _TRANSLATED_HERE)
-    if not address.is_global or address.is_multicast or address.is_reserved or local:
+    special = any(address.version == each.version and address in each for each in _SPECIAL)
+    special = special or (isinstance(address, IPv6Address) and address not in _PUBLIC_6)
+    if not address.is_global or address.is_multicast or address.is_reserved or special:
         return "the address is private or reserved"
     return "the address is this host's own" if _of_this_host(address) else ""
 

@@ -16,14 +16,13 @@ from urllib.parse import urlsplit
 
 import h11
 
-from abyssal.sandbox.api import Denied, Duplex, Network
+from abyssal.sandbox.api import Denied, Duplex, Network, Resolver
 from abyssal.sandbox.network.policy import is_address, refused_address, refused_target, tidy
 from abyssal.sandbox.network.sockets import SocketDuplex
 from abyssal.sandbox.network.streams import join
 
 HEAD_S = 30.0  # for a request to be there
 CONNECT_S = 15.0
-Resolver = Callable[[str, int], Awaitable[Sequence[str]]]
 _HOPS = (b"connection", b"keep-alive", b"te", b"trailer", b"upgrade", b"host")
 
 

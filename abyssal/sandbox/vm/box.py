@@ -14,7 +14,7 @@ from abyssal.sandbox import agent_process, wire
 from abyssal.sandbox.agent import Agent, Hello
 from abyssal.sandbox.agent_files import AgentFiles
 from abyssal.sandbox.agent_process import AgentProcess
-from abyssal.sandbox.api import Command, Denied, Duplex, Feature, Files, Limits, Network, Placed, Spec, Usage
+from abyssal.sandbox.api import Command, Denied, Duplex, Feature, Files, Limits, Network, Placed, Resolver, Spec, Usage
 from abyssal.sandbox.engines.bundle import RUN, claim
 from abyssal.sandbox.errors import AgentLost, Cause, Timeout
 from abyssal.sandbox.host.cgroups import Group
@@ -214,6 +214,9 @@ class VmBox:
 
     async def dial(self, port: int) -> Duplex:
         return await self._egress.dial(port)
+
+    def resolve_with(self, resolve: Resolver) -> None:
+        self._egress.resolve = resolve
 
     def tell_denied(self, told: Callable[[Denied], None]) -> None:
         self._egress.denied = told
