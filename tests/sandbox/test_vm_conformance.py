@@ -15,6 +15,8 @@ from tests.sandbox.test_vm_guests import pytestmark as pytestmark  # the same re
 CHOSEN = {
     *("runs_and_tells_streams_apart", "says_what_ended_it", "a_timeout_kills_all_that_was_started"),
     *("the_user_is_no_root", "writes_reads_lists_moves_removes", "trees_travel", "processes"),
+    *("near_addresses", "around_the_proxy", "names_that_change_their_mind", "a_connection_of_an_earlier_phase"),
+    *("a_fork_has_the_policy_of_now", "ports_lead_inside"),
     *("a_fork_goes_on_from_here", "the_same_content_has_the_same_digest", "whoever_waits_learns_of_the_end"),
 }
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from abyssal.sandbox.api import Box, Limits, Network, Require, Spec
+from abyssal.sandbox.api import Allowed, Box, Limits, Network, Require, Spec
 from abyssal.sandbox.conformance.bench import python, run
 from abyssal.sandbox.engines.qemu_microvm import QemuMicrovmEngine
 from abyssal.sandbox.engines.qemu_vm import QemuVmEngine
@@ -153,7 +153,7 @@ def test_a_sweep_ends_what_a_dead_platform_left_and_nothing_else(state: Path, tm
 def test_what_cannot_be_met_is_refused(state: Path, tmp_path: Path) -> None:
     engine = QemuMicrovmEngine(state)
     specs = [
-        Spec("microvm", network=Network("open")),
+        Spec("microvm", network=Network("allow", (Allowed("example.org", 53, "udp"),))),
         Spec("container"),
         Spec("microvm", limits=Limits(memory=MIB)),
         Spec("microvm", require=Require(accel="none")),

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 
 from abyssal.sandbox.api import Allowed, Box, Command, Denied, Network, Networked
 from abyssal.sandbox.conformance.bench import Bench, Checks, answers, collect, expect, python, run
+from abyssal.sandbox.conformance.escaping import strongest_user
 from abyssal.sandbox.errors import NotFound
 
 check = Checks()
@@ -208,7 +209,8 @@ for name, family, kind, number in (
     except OSError:
         pass
 """
-    async with target(own) as seen, bench.box(network=allowing((own, seen.port))) as box:
+    user = await strongest_user(bench)
+    async with target(own) as seen, bench.box(user=user, network=allowing((own, seen.port))) as box:
         if own == "127.0.0.1":  # then it is the box's own loopback that would answer
             return
         outcome = await run(box, python(source, own, str(seen.port)), timeout=PATIENCE)

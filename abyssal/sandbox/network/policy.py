@@ -113,8 +113,7 @@ def _inside(address: Address) -> IPv4Address | None:
         return None
     if address in _TRANSLATED:
         return IPv4Address(int(address) & 0xFFFFFFFF)
-    teredo = address.teredo
-    return address.ipv4_mapped or address.sixtofour or (teredo[1] if teredo else None)
+    return address.ipv4_mapped or address.sixtofour
 
 
 def _of_this_host(address: Address) -> bool:
