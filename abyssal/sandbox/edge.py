@@ -260,7 +260,8 @@ class Edge:
     async def info(self, sandbox: str) -> JSON:
         if sandbox in self._gone:
             return self._gone[sandbox].info()
-        return self._find(sandbox).sheet.info()
+        live = self._find(sandbox)
+        return {**live.sheet.info(), "features": sorted(live.engine.features)}
 
     async def begin(self, sandbox: str, req: JSON, asked: Asked, data: bytes | None = None) -> Begun:
         operation, replayed = await self._find(sandbox).recorded.ask(req, asked, data)

@@ -27,9 +27,11 @@ from abyssal.sandbox.engines.placing import check
 from abyssal.sandbox.engines.process import ProcessEngine
 from abyssal.sandbox.errors import BadRequest, NotFound, PolicyDenied, Unsupported
 from abyssal.sandbox.guest import build
+from abyssal.sandbox.http import daemon
 from abyssal.sandbox.http.client import HttpService
 from abyssal.sandbox.http.server import SandboxServer
 from abyssal.sandbox.hub import Sandboxes
+from abyssal.sandbox.network import policy
 from abyssal.sandbox.network.egress import Egress
 from abyssal.sandbox.network.policy import check_policy, not_public, refused_address, refused_target, tidy
 from abyssal.sandbox.network.streams import connect
@@ -98,6 +100,11 @@ def test_public_addresses(address: str) -> None:
 )  # fmt: skip
 def test_addresses_that_are_not(address: str) -> None:
     assert not_public(ip_address(address))
+
+
+def test_addresses_of_this_host_are_known_whatever_their_numbers() -> None:
+    assert policy._of_this_host(ip_address("127.0.0.1"))
+    assert not policy._of_this_host(ip_address("8.8.8.8"))
 
 
 @pytest.mark.parametrize(
@@ -372,6 +379,23 @@ def test_ports_over_http(tmp_path: Path) -> None:
             await edge.close()
 
     asyncio.run(whole())
+
+
+@needs_bwrap
+def test_ports_of_the_edge_of_this_host(tmp_path: Path) -> None:
+    """A process of its own behind a unix socket; with the network that is asked for in the first call."""
+    try:
+        with sync.connect("local", home=tmp_path) as hub:
+            sb = hub.create("container", engine="bwrap", network=allowing(("listed.example", 443)))
+            assert b"403" in sb.run("curl -sS https://other.example", timeout=60).stderr
+            assert [record["res"]["host"] for record in sb.log() if record["kind"] == "net.denied"] == ["other.example"]
+            running = sb.start(["/usr/bin/python3", "-c", SERVER])
+            next(running.events())
+            assert _get(f"http://{sb.port(8000).address}/") == b"inside"
+            with pytest.raises(Unsupported, match="no network"):
+                hub.create("function", engine="pool", network=allowing(("listed.example", 443)))
+    finally:
+        asyncio.run(daemon.end(tmp_path))
 
 
 @needs_bwrap
