@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import json
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 from starlette.websockets import WebSocket, WebSocketDisconnect, WebSocketState
 from websockets.asyncio.client import ClientConnection, connect, unix_connect
@@ -100,15 +100,13 @@ class Tunnel:
         """
         address = f"ws{url.removeprefix('http').rstrip('/')}{path}"
         headers = {} if token is None else {"authorization": f"Bearer {token}"}
+        # no pings: a program that reads slowly keeps them waiting behind its bytes
+        options: dict[str, Any] = {"max_size": _MOST, "compression": None, "ping_interval": None}
         try:
             if socket is not None:
-                connection = await unix_connect(
-                    str(socket), address, additional_headers=headers, max_size=_MOST, compression=None
-                )
+                connection = await unix_connect(str(socket), address, additional_headers=headers, **options)
             else:
-                connection = await connect(
-                    address, additional_headers=headers, max_size=_MOST, compression=None, proxy=None
-                )
+                connection = await connect(address, additional_headers=headers, proxy=None, **options)
         except (OSError, TimeoutError, InvalidStatus, WebSocketException) as error:
             raise Timeout(f"nobody answers at {url} ({error}): is the edge running?") from None
         try:

@@ -163,6 +163,7 @@ class Listener:
 
         Raises:
             Unsupported: neither can be had.
+            Timeout: the sandbox does not answer, as one that is paused.
             AgentLost: the sandbox is gone.
         """
         op, frames = agent.begin()
@@ -170,10 +171,14 @@ class Listener:
         try:
             for port in (wanted, 0):
                 await agent.send(Kind.LISTEN, op, wire.fields([("port", port)]))
-                answer = await agent.next(frames)
+                async with asyncio.timeout(CONNECT_S):
+                    answer = await agent.next(frames)
                 said = answer.values()
                 if answer.kind == Kind.OK:
                     return cls(agent, op, frames, int(said["port"]))
+        except TimeoutError:
+            agent.forget(op)
+            raise Timeout(f"the sandbox did not answer within {CONNECT_S:g} s: is it paused?") from None
         except BaseException:
             agent.forget(op)
             raise
