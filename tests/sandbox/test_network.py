@@ -9,7 +9,7 @@ import asyncio
 import os
 import shutil
 import urllib.request
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import closing
 from ipaddress import ip_address
 from pathlib import Path
@@ -19,7 +19,7 @@ import pytest
 from abyssal.sandbox import sync, wire
 from abyssal.sandbox.agent import Agent
 from abyssal.sandbox.agent_process import start
-from abyssal.sandbox.api import Allowed, Command, Duplex, Network, Placed, Spec
+from abyssal.sandbox.api import Allowed, Command, Denied, Duplex, Network, Placed, Spec
 from abyssal.sandbox.conformance.bench import collect, python
 from abyssal.sandbox.edge import Edge
 from abyssal.sandbox.engines.bwrap import BwrapEngine
@@ -34,6 +34,8 @@ from abyssal.sandbox.hub import Sandboxes
 from abyssal.sandbox.network import policy
 from abyssal.sandbox.network.egress import Egress
 from abyssal.sandbox.network.policy import check_policy, not_public, refused_address, refused_target, tidy
+from abyssal.sandbox.network.proxy import Proxy
+from abyssal.sandbox.network.sockets import SocketDuplex
 from abyssal.sandbox.network.streams import connect
 from abyssal.sandbox.wire import Kind
 from tests.sandbox.test_agent import guest
@@ -124,6 +126,82 @@ def test_an_engine_without_a_network_says_so() -> None:
     with pytest.raises(Unsupported, match="engine pool has no network"):
         check("pool", ("function",), frozenset({"stdin"}), Placed("pool", "shared-kernel"),
               Spec("function", network=Network("open")))  # fmt: skip
+
+
+# the proxy by itself, over sockets
+
+
+async def spoken(said: bytes, answer: bytes = b"") -> tuple[bytes, bytes]:
+    """What the proxy answers to these bytes, and what a server behind it, at PORT, was sent."""
+    sent = bytearray()
+
+    async def behind(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while not sent.endswith((b"over", b"0\r\n\r\n")):
+            if not (data := await reader.read(4096)):
+                break
+            sent.extend(data)
+        writer.write(answer)
+        writer.close()
+
+    async def nobody(host: str, port: int) -> Sequence[str]:
+        raise AssertionError("nothing is resolved here")
+
+    async def denied(_: Denied) -> None:
+        return None
+
+    server = await asyncio.start_server(behind, "127.0.0.1", 0)
+    port = server.sockets[0].getsockname()[1]
+
+    async def proxied(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        side = SocketDuplex(reader, writer)
+        try:
+            await Proxy(side, allowing(("127.0.0.1", port)), nobody, denied).run()
+        finally:
+            writer.close()
+
+    proxy = await asyncio.start_server(proxied, "127.0.0.1", 0)
+    reader, writer = await asyncio.open_connection(*proxy.sockets[0].getsockname())
+    writer.write(said.replace(b"PORT", str(port).encode()))
+    async with server, proxy, asyncio.timeout(20):
+        came = await reader.read()
+    writer.close()
+    return came, bytes(sent)
+
+
+def test_a_tunnel_with_bytes_that_came_early() -> None:
+    for head in (b"CONNECT 127.0.0.1:PORT HTTP/1.1\r\nHost: x\r\n\r\n", b"CONNECT 127.0.0.1:PORT HTTP/1.0\r\n\r\n"):
+        came, sent = asyncio.run(spoken(head + b"early, over", b"answer"))
+        assert sent == b"early, over"
+        assert came.startswith(b"HTTP/1.1 200 ") and came.endswith(b"\r\n\r\nanswer")
+
+
+def test_bodies_in_both_codings() -> None:
+    answer = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"
+    head = b"PUT http://127.0.0.1:PORT/a?b#c HTTP/1.1\r\nHost: evil\r\nProxy-Connection: x\r\nX-Own: 1\r\n"
+    came, sent = asyncio.run(spoken(head + b"Content-Length: 5\r\n\r\n1over", answer))
+    assert came == answer and sent.startswith(b"PUT /a?b HTTP/1.1\r\n") and sent.endswith(b"\r\n\r\n1over")
+    assert b"X-Own: 1" in sent and b"evil" not in sent and b"Proxy" not in sent
+    chunks = b"Transfer-Encoding: chunked\r\n\r\n3\r\nabc\r\n4\r\nover\r\n0\r\n\r\nGET http://x/ HTTP/1.1\r\n\r\n"
+    came, sent = asyncio.run(spoken(head + chunks, answer))
+    assert b"chunked" in sent and b"abc" in sent and b"GET" not in sent
+
+
+@pytest.mark.parametrize(
+    ("said", "status"),
+    [
+        (b"\x16\x03\x01\x00\r\n\r\n", 400), (b"GET / HTTP/1.1\r\nHost: x\r\n\r\n", 400),
+        (b"GET https://127.0.0.1/ HTTP/1.1\r\nHost: x\r\n\r\n", 400), (b"CONNECT 127.0.0.1 HTTP/1.0\r\n\r\n", 400),
+        (b"CONNECT :443 HTTP/1.0\r\n\r\n", 400), (b"CONNECT 127.0.0.1:99999 HTTP/1.0\r\n\r\n", 400),
+        (b"GET http://user@127.0.0.1:PORT/ HTTP/1.0\r\n\r\n", 400), (b"CONNECT 127.0.0.1:1 HTTP/1.0\r\n\r\n", 403),
+        (b"GET http://127.0.0.1:PORT@example.org/ HTTP/1.0\r\n\r\n", 400),
+        (b"GET http://example.org:PORT/ HTTP/1.0\r\n\r\n", 403), (b"GET http://[::1/ HTTP/1.0\r\n\r\n", 400),
+        (b"GET http://x/ HTTP/1.1\r\n" + b"A: " + b"a" * 400000 + b"\r\n\r\n", 431),
+        (b"POST http://127.0.0.1:PORT/ HTTP/1.1\r\nHost: x\r\nContent-Length: 1\r\nContent-Length: 2\r\n\r\n", 400),
+    ],
+)  # fmt: skip
+def test_what_is_no_request_is_answered(said: bytes, status: int) -> None:
+    came, sent = asyncio.run(spoken(said))
+    assert came.startswith(b"HTTP/1.1 %d " % status) and sent == b"", came
 
 
 # over the wire, with the agent alone

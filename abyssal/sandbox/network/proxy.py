@@ -119,9 +119,9 @@ class Proxy:
     async def _exchange(self, request: h11.Request, url: str, authority: str, outside: Duplex) -> None:
         """One request as the server expects it; its answer as it comes, to the end of the connection."""
         headers = [(b"Host", authority.encode()), (b"Connection", b"close")]
-        for name, value in request.headers:
-            if name not in _HOPS and not name.startswith(b"proxy-"):
-                headers.append((bytes(name), bytes(value)))
+        for name, value in request.headers.raw_items():
+            if name.lower() not in _HOPS and not name.lower().startswith(b"proxy-"):
+                headers.append((name, value))
         path = url.split("://", 1)[1].partition("#")[0].removeprefix(authority)
         path = path if path.startswith("/") else f"/{path}"
         ours = h11.Connection(h11.CLIENT)
