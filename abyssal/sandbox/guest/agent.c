@@ -57,7 +57,7 @@ static bool empty(const char *path) {
   return folder && count < 3;
 }
 
-/* Connections are of the incarnation in which they began; a machine that only stood still has the same seed as before. */
+/* Connections are of the incarnation in which they began; a machine that only stood still has its seed again. */
 static void end_connections(const char *seed) {
   static char known[65];
   if (!strcmp(known, seed)) return;

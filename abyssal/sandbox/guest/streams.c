@@ -230,7 +230,8 @@ static short wanted(const struct stream *s) {
 
 size_t streams_poll(struct pollfd *into, size_t room) {
   size_t filled = 0;
-  if (listener >= 0 && count < MOST && queued() < QUEUE_HIGH && room) into[filled++] = (struct pollfd){listener, POLLIN, 0};
+  bool more = listener >= 0 && count < MOST && queued() < QUEUE_HIGH && room;
+  if (more) into[filled++] = (struct pollfd){listener, POLLIN, 0};
   for (struct stream *s = streams; s && filled < room; s = s->next)
     if (wanted(s)) into[filled++] = (struct pollfd){s->fd, wanted(s), 0};
   return filled;
