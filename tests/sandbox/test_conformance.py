@@ -41,7 +41,8 @@ SHORT = {
     *("what_cannot_be_met_is_refused", "the_same_content_has_the_same_digest", "a_fork_goes_on_from_here"),
     *("whoever_waits_learns_of_the_end", "nothing_is_left", "a_start_that_fails_leaves_nothing"),
     *("control_groups", "descriptors_that_leaked", "the_runtime_and_the_agent", "the_hosts_files", "other_boxes"),
-    *("no_network", "links_to_processes"),
+    *("no_network", "links_to_processes", "near_addresses", "names_that_change_their_mind", "another_port"),
+    *("ports_lead_inside",),
 }
 
 
