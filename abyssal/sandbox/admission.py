@@ -52,6 +52,12 @@ class Admission:
         """Requests that wait."""
         return sum(len(queue) for queue in self._queues.values())
 
+    @property
+    def used(self) -> float:
+        """How full the host is: what is short most, of what it gives; above 1 where requests wait."""
+        room = self.capacity
+        return max(self.memory / room.memory, (self.sandboxes + self.waiting) / room.sandboxes)
+
     def take(self, spec: Spec) -> None:
         """Count a sandbox that lives already."""
         self.memory += spec.limits.memory

@@ -63,10 +63,11 @@ class Edge:
         capacity: Capacity,
         warm: Sequence[tuple[Spec, int]],
         open_network: bool,
+        name: str | None = None,
     ):
         self._home, self._open_network = home, open_network
         self._lock = _lock(home / "lock")
-        self.id = _once(home / "edge.id", lambda: secrets.token_hex(4).encode()).decode()
+        self.id = _once(home / "edge.id", lambda: (name or secrets.token_hex(4)).encode()).decode()
         self._key = _once(home / "log.key", lambda: secrets.token_bytes(32))
         self.placement = Placement(engines, home / "probes.json")
         self.admission = Admission(capacity)
@@ -90,6 +91,7 @@ class Edge:
         capacity: Capacity | None = None,
         warm: Sequence[tuple[Spec, int]] = (),
         open_network: bool = False,
+        name: str | None = None,
     ) -> Self:
         """Start, take over what lives, sweep what does not.
 
@@ -99,11 +101,12 @@ class Edge:
             capacity: of the host.
             warm: sandboxes to have ready, and how many of each.
             open_network: whether sandboxes may ask for the network mode "open".
+            name: id for the edge of a new folder; None for a random one.
         Raises:
             Rejected: another edge runs on this folder.
         """
         home.mkdir(parents=True, exist_ok=True, mode=0o700)
-        edge = cls(home, engines, capacity or Capacity(), warm, open_network)
+        edge = cls(home, engines, capacity or Capacity(), warm, open_network, name)
         await edge._take_over()
         edge._keeper = asyncio.create_task(edge._keep())
         edge.pool.fill()
@@ -184,6 +187,10 @@ class Edge:
             self._created[asked.op_id] = (digest, task)
             task.add_done_callback(lambda done: self._forget(asked.op_id or "", done))
         return (await asyncio.shield(task)).sheet.info()
+
+    def knows(self, op_id: str) -> bool:
+        """Whether a sandbox lives, or is about to, whose creation has this name."""
+        return op_id in self._created
 
     def _permit(self, network: Network) -> None:
         if network.mode == "open" and not self._open_network:

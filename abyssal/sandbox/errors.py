@@ -23,7 +23,8 @@
 
 from __future__ import annotations
 
-from typing import Literal
+import copyreg
+from typing import Any, Literal
 
 from abyssal.base.errors import RunError
 
@@ -32,7 +33,11 @@ Limit = Literal["memory", "pids", "cpu", "disk", "output"]
 
 
 class SandboxError(RunError):
-    """Base of all errors of sandboxes."""
+    """Base of all errors of sandboxes; they go from process to process whole."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # by default the class would be called with its message alone
+        return copyreg.__newobj__, (type(self), *self.args), self.__dict__  # type: ignore[attr-defined]
 
 
 class Unsupported(SandboxError):  # noqa: N818

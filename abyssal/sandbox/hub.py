@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import secrets as random
+import importlib.util
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -16,7 +16,7 @@ from abyssal.sandbox.api import (
     Spec,
     Substrate,
 )
-from abyssal.sandbox.errors import NotFound, SandboxError
+from abyssal.sandbox.errors import NotFound, SandboxError, Unsupported
 from abyssal.sandbox.network.ports import Forward
 from abyssal.sandbox.operation import Asked
 from abyssal.sandbox.sandbox import OnDivergence, Sandbox, Snapshot
@@ -40,7 +40,8 @@ class Sandboxes:
         """A hub to enter.
 
         Args:
-            where: "local" for the edge of this host, which is started if none runs, or an address as http://host:port.
+            where: "local" for the edge of this host, which is started if none runs, an address as http://host:port, or
+                a Ray cluster as ray://auto, whose nodes then have an edge each.
             token: for an address.
             home: folder of the local edge; default below the platform's cache folder.
         """
@@ -49,6 +50,8 @@ class Sandboxes:
             from abyssal.sandbox.http.client import HttpService
             from abyssal.sandbox.http.daemon import local
 
+            if where.startswith("ray://"):
+                return await _ray(where)
             return await local(home) if where == "local" else await HttpService.open(where, token)
 
         return cls(None, opener=opener)
@@ -135,7 +138,7 @@ class Sandboxes:
         )  # fmt: skip
         chosen = snapshot.id if isinstance(snapshot, Snapshot) else snapshot
         wanted = Wanted(spec, engine, chosen, dict(secrets or {}))
-        info = await self.service.create(wanted, Asked(op_id=op_id or f"create-{random.token_hex(16)}"))
+        info = await self.service.create(wanted, Asked(op_id=op_id))
         sandbox = Sandbox(self, info, stream, on_divergence)
         self._created[sandbox.id] = sandbox
         return sandbox
@@ -186,3 +189,11 @@ class Sandboxes:
     def release(self, sandbox: Sandbox) -> None:
         """Do not."""
         self._created.pop(sandbox.id, None)
+
+
+async def _ray(where: str) -> Service:
+    if importlib.util.find_spec("ray") is None:
+        raise Unsupported(f"{where} needs Ray, which is not installed: pip install 'abyssal[dist]'")
+    from abyssal.sandbox.scale.service import RayService
+
+    return await RayService.open(where)
