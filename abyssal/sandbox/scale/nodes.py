@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import ray
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import ActorUnavailableError, ActorUnschedulableError, RayActorError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from abyssal.sandbox.errors import NotFound, SandboxError, SandboxLost
@@ -98,6 +98,7 @@ class Nodes:
         Raises:
             SandboxError: that the edge raised.
             SandboxLost: the node is gone.
+            ActorUnavailableError: the edge is being restarted, and the call is not one that Ray sends again.
         """
         try:
             return await call
@@ -105,7 +106,9 @@ class Nodes:
             if isinstance(error.cause, SandboxError):
                 raise error.cause from None
             raise
-        except RayActorError:
+        except ActorUnavailableError:
+            raise
+        except (RayActorError, ActorUnschedulableError):
             self._known.pop(node.edge, None)
             self._read = -REFRESH_S
             raise node.gone(sandbox) from None

@@ -5,19 +5,20 @@ from __future__ import annotations
 import asyncio
 import random
 import secrets
-from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
+from contextlib import aclosing, suppress
 from dataclasses import replace
 from typing import Any, Self
 
 import ray
+from ray.exceptions import ActorUnavailableError
 
-from abyssal.sandbox.api import ProcessEvent
+from abyssal.sandbox.api import Exit, ProcessEvent, Stderr, Stdout
 from abyssal.sandbox.errors import Rejected, SandboxError, SandboxLost, Timeout, Unsupported
 from abyssal.sandbox.log.blobs import Kept
 from abyssal.sandbox.operation import Asked
 from abyssal.sandbox.scale.actor import EdgeSettings
-from abyssal.sandbox.scale.nodes import NAMESPACE, Node, Nodes
+from abyssal.sandbox.scale.nodes import AHEAD, NAMESPACE, Node, Nodes
 from abyssal.sandbox.service import JSON, Answer, Begun, Wanted
 
 SCHEME = "ray://"
@@ -171,15 +172,35 @@ class RayService:
     async def resolve(self, sandbox: str, op_id: str, res: JSON, actor: str = "local") -> None:
         await self._ask("resolve", sandbox, op_id, res, actor)
 
-    def events(self, sandbox: str, op_id: str, stdout: int = 0, stderr: int = 0) -> AsyncIterator[ProcessEvent]:
-        return self._follow(sandbox, "events", op_id, stdout, stderr)
+    async def events(self, sandbox: str, op_id: str, stdout: int = 0, stderr: int = 0) -> AsyncIterator[ProcessEvent]:
+        at = {Stdout: stdout, Stderr: stderr}
+        while True:
+            try:
+                async with aclosing(self._follow(sandbox, "events", op_id, at[Stdout], at[Stderr])) as events:
+                    async for event in events:
+                        if not isinstance(event, Exit):
+                            at[type(event)] = event.offset + len(event.data)
+                        yield event
+                return
+            except ActorUnavailableError:
+                await self.info(sandbox)
 
-    def log(self, sandbox: str, from_seq: int = 0, *, follow: bool = False) -> AsyncIterator[JSON]:
-        return self._follow(sandbox, "log", from_seq, follow=follow)
+    async def log(self, sandbox: str, from_seq: int = 0, *, follow: bool = False) -> AsyncIterator[JSON]:
+        while True:
+            try:
+                async with aclosing(self._follow(sandbox, "log", from_seq, follow=follow)) as records:
+                    async for record in records:
+                        from_seq = record["seq"] + 1
+                        yield record
+                return
+            except ActorUnavailableError:
+                await self.info(sandbox)
 
-    async def _follow(self, sandbox: str, method: str, *arguments: Any, **options: Any) -> AsyncIterator[Any]:
+    async def _follow(self, sandbox: str, method: str, *arguments: Any, **options: Any) -> AsyncGenerator[Any, None]:
+        """Items of a stream. Ray does not begin it again, as another edge cuts it elsewhere: who reads it does."""
         node = await self._nodes.of(sandbox)
-        items = node.actor.follow.remote(method, sandbox, *arguments, **options)
+        begun = node.actor.follow.options(max_task_retries=0, _generator_backpressure_num_objects=AHEAD)
+        items = begun.remote(method, sandbox, *arguments, **options)
         over = False
         try:
             async for item in items:
