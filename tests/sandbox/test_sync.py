@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ from abyssal.sandbox import sync
 from abyssal.sandbox.api import Exit, Stdout
 from abyssal.sandbox.edge import Edge
 from abyssal.sandbox.engines.process import ProcessEngine
-from abyssal.sandbox.errors import NotFound
+from abyssal.sandbox.errors import NotFound, Unsupported
 from tests.sandbox.serving import Served
 
 
@@ -52,3 +53,9 @@ def test_over_an_edge_in_this_process(tmp_path: Path) -> None:
         assert next(sb.log())["kind"] == "create"
         sb.stop()
         loop.run(edge.close())
+
+
+def test_without_ray_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)  # as if it were not there
+    with pytest.raises(Unsupported, match=r"pip install 'abyssal\[dist\]'"), sync.connect("ray://auto"):
+        pass

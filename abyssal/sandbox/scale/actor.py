@@ -43,15 +43,26 @@ class EdgeActor:
     """
 
     def __init__(self, name: str, settings: EdgeSettings):
+        self._name, self._settings = name, settings
         self._opening = asyncio.get_running_loop().create_task(_open(name, settings))
+
+    async def _edge(self) -> Edge:
+        """The edge once it is open; where that failed, who comes next tries again."""
+        opening = self._opening
+        try:
+            return await asyncio.shield(opening)
+        except Exception:
+            if opening is self._opening:
+                self._opening = asyncio.create_task(_open(self._name, self._settings))
+            raise
 
     async def ask(self, method: str, *arguments: Any) -> Any:
         """A method of `Service`, by its name."""
-        return await getattr(await self._opening, method)(*arguments)
+        return await getattr(await self._edge(), method)(*arguments)
 
     async def follow(self, method: str, *arguments: Any, **options: Any) -> AsyncIterator[Any]:
         """One that gives items as they come."""
-        async for item in getattr(await self._opening, method)(*arguments, **options):
+        async for item in getattr(await self._edge(), method)(*arguments, **options):
             yield item
 
     async def offer(self, wanted: Wanted) -> float:
@@ -60,13 +71,13 @@ class EdgeActor:
         Raises:
             Unsupported: no engine here could run this.
         """
-        edge = await self._opening
+        edge = await self._edge()
         await edge.placement.choose(wanted.spec, wanted.engine)
         return edge.admission.used
 
     async def created(self, op_id: str) -> bool:
         """Whether a creation of this name was asked for here."""
-        return (await self._opening).knows(op_id)
+        return (await self._edge()).knows(op_id)
 
 
 async def _open(name: str, settings: EdgeSettings) -> Edge:

@@ -8,7 +8,7 @@ import secrets
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from contextlib import aclosing, suppress
 from dataclasses import replace
-from typing import Any, Self
+from typing import Any, NoReturn, Self
 
 import ray
 from ray.exceptions import ActorUnavailableError
@@ -162,6 +162,14 @@ class RayService:
 
     async def type(self, sandbox: str, op_id: str, data: bytes, actor: str = "local") -> None:
         await self._ask("type", sandbox, op_id, data, actor)
+
+    async def dial(self, sandbox: str, port: int, actor: str = "local") -> NoReturn:
+        """Not through Ray, whose calls are no connections.
+
+        Raises:
+            Unsupported: always.
+        """
+        raise Unsupported(f"port {port} of {sandbox} does not lead through Ray: connect to its node's own server")
 
     async def operations(self, sandbox: str) -> Sequence[JSON]:
         return await self._ask("operations", sandbox)
