@@ -32,13 +32,7 @@ from abyssal.sandbox.scale.actor import EdgeSettings  # noqa: E402
 from abyssal.sandbox.scale.nodes import edge_id  # noqa: E402
 from abyssal.sandbox.scale.service import RayService  # noqa: E402
 
-pytestmark = [
-    # Ray opens logs and sockets for as long as the process lives
-    pytest.mark.filterwarnings("ignore::ResourceWarning"),
-    pytest.mark.filterwarnings("ignore::FutureWarning:ray"),
-    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
-    pytest.mark.xdist_group("ray"),
-]
+pytestmark = pytest.mark.xdist_group("ray")  # one cluster for all
 COMMAND = "from abyssal.cli.main import main; main()"
 NAMES = ("one", "two", "three")
 SETTINGS = EdgeSettings(
