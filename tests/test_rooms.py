@@ -135,7 +135,7 @@ def test_a_circle_is_found(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("room", ["base", "arch", "efficiency", "encoding", "chat", "server", "sandbox"])
 def test_rooms_without_torch(room: str) -> None:
-    """Of chat, all but the module that runs our own engine; of sandbox, without an extra, all but what speaks to Ray."""
+    """Of chat, all but the module that runs our own engine; of sandbox, without Ray, all but what speaks to it."""
     apart = {"abyssal.chat.local"}
     if importlib.util.find_spec("ray") is None:
         apart |= {"abyssal.sandbox.scale.nodes", "abyssal.sandbox.scale.service"}
