@@ -11,17 +11,17 @@ from abyssal.base.files import sha256_of, write_json
 from abyssal.sandbox import agent_process
 from abyssal.sandbox.agent import Agent
 from abyssal.sandbox.agent_files import AgentFiles
-from abyssal.sandbox.api import Box, Command, Denied, Duplex, Feature, Files, Network, Placed, Process, Resolver, Usage
+from abyssal.sandbox.api import Box, Command, Feature, Files, Network, Placed, Process, Usage
 from abyssal.sandbox.engines.bundle import SCRUBBED
 from abyssal.sandbox.errors import Cause, Unsupported
 from abyssal.sandbox.host.cgroups import Group
 from abyssal.sandbox.image import pack
-from abyssal.sandbox.network.egress import Egress
+from abyssal.sandbox.network.egress import Egress, OverAgent
 
 STOP_S = 5.0
 
 
-class ContainerBox:
+class ContainerBox(OverAgent):
     """See `Box`."""
 
     def __init__(
@@ -102,18 +102,6 @@ class ContainerBox:
         for copy in copies:
             await copy.set_network(self._egress.network)
         return copies
-
-    async def set_network(self, network: Network) -> None:
-        await self._egress.set(network)
-
-    async def dial(self, port: int) -> Duplex:
-        return await self._egress.dial(port)
-
-    def resolve_with(self, resolve: Resolver) -> None:
-        self._egress.resolve = resolve
-
-    def tell_denied(self, told: Callable[[Denied], None]) -> None:
-        self._egress.denied = told
 
     async def usage(self) -> Usage:
         return Usage() if self._group is None else self._group.usage()

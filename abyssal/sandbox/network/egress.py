@@ -93,5 +93,23 @@ class Egress:
                 await asyncio.sleep(DENIAL_S)
 
 
+class OverAgent:
+    """The network of a box as `Networked` and `Box` want it, over the `Egress` that the box makes of its agent."""
+
+    _egress: Egress
+
+    async def set_network(self, network: Network) -> None:
+        await self._egress.set(network)
+
+    async def dial(self, port: int) -> Duplex:
+        return await self._egress.dial(port)
+
+    def resolve_with(self, resolve: Resolver) -> None:
+        self._egress.resolve = resolve
+
+    def tell_denied(self, told: Callable[[Denied], None]) -> None:
+        self._egress.denied = told
+
+
 def _log(denied: Denied) -> None:
     logger.warning("a connection was denied", extra={"host": denied.host, "port": denied.port, "why": denied.reason})

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import secrets
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -14,11 +14,11 @@ from abyssal.sandbox import agent_process, wire
 from abyssal.sandbox.agent import Agent, Hello
 from abyssal.sandbox.agent_files import AgentFiles
 from abyssal.sandbox.agent_process import AgentProcess
-from abyssal.sandbox.api import Command, Denied, Duplex, Feature, Files, Limits, Network, Placed, Resolver, Spec, Usage
+from abyssal.sandbox.api import Command, Feature, Files, Limits, Placed, Spec, Usage
 from abyssal.sandbox.engines.bundle import RUN, claim
 from abyssal.sandbox.errors import AgentLost, Cause, Timeout
 from abyssal.sandbox.host.cgroups import Group
-from abyssal.sandbox.network.egress import Egress
+from abyssal.sandbox.network.egress import Egress, OverAgent
 from abyssal.sandbox.vm import disks, memory
 from abyssal.sandbox.vm.layer import packed
 from abyssal.sandbox.vm.machine import Machine
@@ -67,14 +67,13 @@ def unbind(box_id: str, group: Group, folder: Path) -> None:
         shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
-class VmBox:
+class VmBox(OverAgent):
     """See `Box`."""
 
     def __init__(self, box_id: str, origin: Origin, folder: Path, machine: Machine, group: Group):
         self.id, self.placed, self.features = box_id, origin.placed, FEATURES
         self._origin, self._folder, self._machine, self._group = origin, folder, machine, group
         self._agent: Agent
-        self._egress: Egress
         self.files: Files
         self._spent = Usage()
         self._lock = asyncio.Lock()
@@ -208,18 +207,6 @@ class VmBox:
                 await asyncio.gather(*(box.stop() for box in boxes))
                 raise failed[0]
             return boxes
-
-    async def set_network(self, network: Network) -> None:
-        await self._egress.set(network)
-
-    async def dial(self, port: int) -> Duplex:
-        return await self._egress.dial(port)
-
-    def resolve_with(self, resolve: Resolver) -> None:
-        self._egress.resolve = resolve
-
-    def tell_denied(self, told: Callable[[Denied], None]) -> None:
-        self._egress.denied = told
 
     async def usage(self) -> Usage:
         return self._spent if self._machine.stopped else self._group.usage()
