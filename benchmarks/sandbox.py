@@ -299,7 +299,7 @@ def main() -> None:
               f"{row['bar_ms']:g} ms: {row['ratio']}x")  # fmt: skip
     options.out.parent.mkdir(parents=True, exist_ok=True)
     write_json(options.out, result)
-    draw(result, options.out.with_suffix(".svg"))
+    draw(result, options.out.with_suffix(".png"))
 
 
 if __name__ == "__main__":
