@@ -277,7 +277,7 @@ class Retrieval:
                 if kind != "single":
                     families.append(self._family(rng))
                 continue
-            value = self._value(rng)
+            value = self._value(rng, kind)
             if kind == "key_value":
                 sentence = line.format(key=key, value=value)
             else:
@@ -291,8 +291,9 @@ class Retrieval:
         """Two words that keys begin with."""
         return pick(rng, wide_pool("adjectives", self.split)), pick(rng, wide_pool("places", self.split))
 
-    def _value(self, rng: np.random.Generator) -> str:
-        if rng.random() < 0.6:
+    def _value(self, rng: np.random.Generator, kind: Kind) -> str:
+        """A number, as single needles have it by custom; where many keys are told apart, some values are words."""
+        if kind == "single" or rng.random() < 0.6:
             digits = int(rng.integers(4, 8))
             return str(int(rng.integers(10 ** (digits - 1), 10**digits)))
         return f"{pick(rng, wide_pool('things', self.split))}-{int(rng.integers(10, 1000))}"
