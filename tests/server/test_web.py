@@ -370,9 +370,9 @@ def test_html_stays_text_and_markdown_becomes_elements(url: str, tabs: Tabs) -> 
     expect(prose.locator("blockquote")).to_contain_text("[not this](javascript:alert(1))")
 
 
-def test_markdown_of_any_text_is_whole_and_quick(url: str, tabs: Tabs) -> None:
+def test_markdown_of_any_text_is_whole_and_ends(url: str, tabs: Tabs) -> None:
     page = tabs.open(url)
-    broken, slow = page.evaluate("""async () => {
+    broken, lost = page.evaluate("""async () => {
         const { Prose } = await import('/web/markdown.js');
         const bits = ['*', '**', '_', '`', '```\\n', '[a](https://b.c)', '[', '](', '\\n', '\\n\\n', '  - x', '1. y',
             '> ', '# h', '|a|b|', '\\n|-|-|\\n', 'word ', '\\\\', '<i>', '~~', 'https://x.y/(z)', '    '];
@@ -390,16 +390,15 @@ def test_markdown_of_any_text_is_whole_and_quick(url: str, tabs: Tabs) -> None:
             const lost = words(whole.el.textContent) !== words(text) && !/\\|-\\|/.test(text);
             if (whole.el.innerHTML !== grown.el.innerHTML || lost || whole.el.querySelector('i')) broken.push(text);
         }
-        const slow = [];
         const many = ['*a ', '**', '[', '[a](', '`', '> ', '- ', '_a', '|', '~~~\\n', '  ', '# ', '\\\\', '1. a\\n '];
-        for (const bit of many) {
-            const began = performance.now();
-            new Prose().show(bit.repeat(10000));
-            if (performance.now() - began > 3000) slow.push([bit, performance.now() - began]);
-        }
-        return [broken, slow];
+        const lost = many.filter((bit) => {
+            const prose = new Prose();
+            prose.show(bit.repeat(10000) + '\\n\\nthe end');  // never, where an expression backtracks
+            return !prose.el.textContent.includes('the end');
+        });
+        return [broken, lost];
     }""")
-    assert broken == [] and slow == []
+    assert broken == [] and lost == []
 
 
 def test_the_calculator_computes_and_refuses(url: str, tabs: Tabs) -> None:
