@@ -28,6 +28,7 @@ from abyssal.model.init import initialise
 from abyssal.train import checkpoint
 from abyssal.train.data.bpe import load_tokenizer
 from abyssal.train.data.corpora import read_corpus
+from abyssal.train.data.example import MODES, ThinkingMode
 from abyssal.train.data.mixture import Mixture as Generators
 from abyssal.train.data.pairs import Pairs
 from abyssal.train.data.retrieval import sentences_of
@@ -58,6 +59,7 @@ class SourceRecipe:
         lengths, questions: of generated retrieval, in tokens and how many, both ends included; lengths also of pairs.
         rounds: how often what is generated for retrieval asks each of its questions.
         requests: of a generated conversation with tools at least, both ends included.
+        modes: thinking modes of generated conversations.
         ids, roles: of pairs, see `data.pairs`; by default all ids of the model.
         learn: of what is generated, every token or only answers.
         seed: of order and generators.
@@ -75,6 +77,7 @@ class SourceRecipe:
     questions: tuple[int, int] = (1, 4)
     rounds: int = 1
     requests: tuple[int, int] = (1, 1)
+    modes: tuple[ThinkingMode, ...] = MODES
     ids: tuple[int, int] | None = None
     roles: Literal["fixed", "drawn"] = "drawn"
     learn: Learn = "answers"
@@ -313,6 +316,7 @@ class _Data:
             kinds=told.kinds,
             rounds=told.rounds,
             requests=told.requests,
+            modes=told.modes,
             filler=self._filler if told.domains.get("retrieval") else (),
         )
         if told.kind == "passages":

@@ -17,7 +17,7 @@ from abyssal.train.data import copying, retrieval
 from abyssal.train.data.arithmetic import Arithmetic
 from abyssal.train.data.conversation import Chat
 from abyssal.train.data.copying import Copying
-from abyssal.train.data.example import Example, Passage
+from abyssal.train.data.example import MODES, Example, Passage, ThinkingMode
 from abyssal.train.data.pools import Split, seeded
 from abyssal.train.data.retrieval import Retrieval
 from abyssal.train.data.tool_use import ToolUse
@@ -44,6 +44,7 @@ class Mixture:
             named.
         rounds: how often a retrieval example asks each of its questions.
         requests: of a conversation with tools at least, both ends included.
+        modes: thinking modes to choose from.
     Raises:
         DataError: an unknown domain, a negative weight, or none above zero.
     """
@@ -58,12 +59,15 @@ class Mixture:
     kinds: Sequence[str] = ()
     rounds: int = 1
     requests: tuple[int, int] = (1, 1)
+    modes: Sequence[ThinkingMode] = MODES
 
     def __post_init__(self) -> None:
         if unknown := set(self.weights) - set(DOMAINS):
             raise DataError(f"no generator makes {', '.join(sorted(unknown))}: use {', '.join(DOMAINS)}")
         if unknown := set(self.kinds) - {*retrieval.KINDS, *copying.KINDS, *copying.PASSAGES}:
             raise DataError(f"neither retrieval nor copying has the kind {', '.join(sorted(unknown))}")
+        if not self.modes or set(self.modes) - set(MODES):
+            raise DataError(f"modes is {list(self.modes)}: choose from {', '.join(MODES)}")
         if min(self.weights.values(), default=0) < 0 or sum(self.weights.values()) <= 0:
             raise DataError("the weights of a mixture must not be negative, and one must be above zero")
 
@@ -100,6 +104,7 @@ class Mixture:
                 of(retrieval.KINDS),
                 lengths=self.lengths,
                 questions=self.questions,
+                modes=self.modes,
                 filler=self.filler,
                 rounds=self.rounds,
             ),
@@ -109,10 +114,11 @@ class Mixture:
                 of(copying.PASSAGES),
                 longest=min(copying.LONGEST, self.lengths[1] // 4),
                 far=self.lengths[1] // 4,
+                modes=self.modes,
             ),
-            "tool_use": ToolUse(self.split, requests=self.requests),
-            "arithmetic": Arithmetic(self.split),
-            "conversation": Chat(self.split),
+            "tool_use": ToolUse(self.split, requests=self.requests, modes=self.modes),
+            "arithmetic": Arithmetic(self.split, modes=self.modes),
+            "conversation": Chat(self.split, modes=self.modes),
         }
 
     def _domain(self, rng: np.random.Generator, among: Sequence[str]) -> str:

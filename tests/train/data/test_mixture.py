@@ -137,3 +137,11 @@ def test_no_conversation_is_in_both_parts(domain: str) -> None:
         for split in SPLITS
     }
     assert not asked["train"] & asked["held_out"]
+
+
+@pytest.mark.parametrize("domain", DOMAINS)
+def test_modes_are_those_that_are_wanted(domain: str) -> None:
+    mixture = Mixture(count, {domain: 1}, modes=("think-high",))
+    assert {mixture.example(index).thinking_mode for index in range(20)} == {"think-high"}
+    with pytest.raises(DataError, match="modes"):
+        Mixture(count, {domain: 1}, modes=())
