@@ -11,6 +11,7 @@ import tokenizers
 from abyssal.encoding.tokenizer import Tokenizer
 from abyssal.train.conversations import samples_of
 from abyssal.train.data.bpe import tokenised_passage
+from abyssal.train.data.echoes import Echoes
 from abyssal.train.data.mixture import Mixture
 from abyssal.train.data.pairs import Pairs
 from abyssal.train.packing import Sample
@@ -67,13 +68,13 @@ class Conversations:
 
 @dataclass(frozen=True)
 class Lookups:
-    """Sequences of pairs, of which only the answers are to be learnt."""
+    """Sequences of plain ids, of which only what follows from the ids before is to be learnt."""
 
-    pairs: Pairs
+    maker: Pairs | Echoes
     seed: int
 
     def __len__(self) -> int:
         return DOCUMENTS
 
     def __getitem__(self, number: int) -> Sample:
-        return Sample(*self.pairs.generate(np.random.default_rng((self.seed, number))))
+        return Sample(*self.maker.generate(np.random.default_rng((self.seed, number))))

@@ -28,6 +28,7 @@ from abyssal.model.init import initialise
 from abyssal.train import checkpoint
 from abyssal.train.data.bpe import load_tokenizer
 from abyssal.train.data.corpora import read_corpus
+from abyssal.train.data.echoes import Echoes
 from abyssal.train.data.example import MODES, ThinkingMode
 from abyssal.train.data.mixture import Mixture as Generators
 from abyssal.train.data.pairs import Pairs
@@ -49,23 +50,25 @@ class SourceRecipe:
     """Where documents of one kind come from.
 
     Attributes:
-        kind: a token file, generated running text, generated conversations, or pairs of plain ids.
+        kind: a token file, generated running text, generated conversations, or plain ids: pairs, or stretches that
+            come again.
         weight: share of the tokens, against the other sources of that time.
         begin, end: tokens of the stage after which this source starts and stops.
         length: tokens that a longer document is cut into.
         file: name of the token file.
         domains: weights of the generators.
         kinds: of what is generated for retrieval and copying; all by default.
-        lengths, questions: of generated retrieval, in tokens and how many, both ends included; lengths also of pairs.
+        lengths, questions: of generated retrieval, in tokens and how many, both ends included; lengths also of plain
+            ids.
         rounds: how often what is generated for retrieval asks each of its questions.
         requests: of a generated conversation with tools at least, both ends included.
         modes: thinking modes of generated conversations.
-        ids, roles: of pairs, see `data.pairs`; by default all ids of the model.
+        ids, roles: of plain ids, see `data.pairs` and `data.echoes`; by default all ids of the model.
         learn: of what is generated, every token or only answers.
         seed: of order and generators.
     """
 
-    kind: Literal["tokens", "passages", "conversations", "pairs"]
+    kind: Literal["tokens", "passages", "conversations", "pairs", "echoes"]
     weight: float
     begin: int = 0
     end: int | None = None
@@ -293,7 +296,7 @@ class _Data:
 
     def digests(self, told: SourceRecipe) -> dict[str, Any]:
         """What a checkpoint remembers of files, so that a run does not go on with others."""
-        if told.kind == "pairs":
+        if told.kind in ("pairs", "echoes"):
             return {}
         tokenizer = {"tokenizer_sha256": self._plain[1]}
         if told.kind != "tokens":
@@ -302,8 +305,11 @@ class _Data:
         return tokenizer | {key: manifest[key] for key in ("documents", "tokens", "bin_sha256", "licence")}
 
     def _documents(self, told: SourceRecipe) -> Documents:
+        ids = told.ids or (0, self.vocab_size)
         if told.kind == "pairs":
-            return Lookups(Pairs(told.ids or (0, self.vocab_size), told.roles, told.lengths), told.seed)
+            return Lookups(Pairs(ids, told.roles, told.lengths), told.seed)
+        if told.kind == "echoes":
+            return Lookups(Echoes(ids, told.lengths), told.seed)
         tokenizer = self._tokenizer
         if told.kind == "tokens":
             return self._file(told.file)
