@@ -15,7 +15,8 @@ from abyssal.base.errors import ConfigError
 
 LONGEST = 16  # tokens of a stretch
 SHORTEST = 20  # tokens of a sequence
-RECENT = 4  # stretches among which half of those that come again are
+NEAR = 0.3  # of those that come again are among the last `RECENT` ones, the others among the older half
+RECENT = 4
 FRESH = 0.5  # of a sequence at most are stretches that were not there before
 
 
@@ -70,8 +71,8 @@ class Echoes:
                 sequence += known[-1]
                 follows += [False] * len(known[-1])
                 continue
-            place = int(rng.integers(len(known)))
-            if rng.random() < 0.5:
+            place = int(rng.integers(-(-len(known) // 2)))
+            if rng.random() < NEAR:
                 place = max(len(known) - 1 - int(rng.integers(RECENT)), 0)
             stretch = known.pop(place)
             known.append(stretch)
