@@ -17,7 +17,7 @@ LONGEST = 16  # tokens of a stretch
 SHORTEST = 20  # tokens of a sequence
 NEAR = 0.3  # of those that come again are among the last `RECENT` ones, the others among the older half
 RECENT = 4
-FRESH = 0.5  # of a sequence at most are stretches that were not there before
+FEWEST = 6  # one token of so many, to one of two, is of a stretch that was not there before
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Echoes:
             ids [length], and which of them follow [length]: those of a stretch that came before, but for its first.
         """
         length = _even(rng, *self.lengths)
-        room = _even(rng, 4, int(FRESH * length))  # few stretches are as likely as many
+        room = _even(rng, max(length // FEWEST, 4), length // 2)  # few stretches are as likely as many
         many = self.ids[1] - self.ids[0]
         fresh = (self.ids[0] + rng.permutation(_even(rng, room, many))[:room]).tolist()
         waiting = []
