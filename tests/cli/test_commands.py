@@ -33,7 +33,7 @@ GENERATE_KEYS = {
 
 def abyssal(*arguments: str | Path, code: int = 0, **options: Any) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-c", "from abyssal.cli.main import main; main()", *map(str, arguments)]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, **options)
+    result = subprocess.run(command, capture_output=True, text=True, timeout=250, check=False, **options)
     assert result.returncode == code, result.stdout + result.stderr
     if code == 2 and "Usage" not in result.stderr:
         assert result.stderr.startswith("abyssal: ") and result.stderr.count("\n") == 1, result.stderr

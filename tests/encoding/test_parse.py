@@ -158,7 +158,7 @@ KEYS = TEXTS.filter(lambda key: '"' not in key)
 NAMES = st.text("abcxyz_-.0123", min_size=1, max_size=12)
 
 
-@settings(deadline=None, max_examples=300)
+@settings(deadline=None, max_examples=120)
 @given(
     TEXTS, TEXTS, st.lists(st.tuples(NAMES, st.dictionaries(KEYS, VALUES, max_size=4)), max_size=3), st.booleans(),
     st.randoms(use_true_random=False),
