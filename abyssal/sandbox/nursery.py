@@ -132,9 +132,8 @@ class Nursery:
         folder.mkdir(exist_ok=True)
         (self.folders / sheet.id).mkdir(exist_ok=True)
         await asyncio.to_thread(keep_secrets, folder, hidden)
-        await asyncio.to_thread(sheet.write, folder)
         log = await asyncio.to_thread(Log, folder / "log", sheet.id)
-        await log.append(
+        log.add(  # on the disk with "ready": what is cut off before is a leftover, and has no sheet
             "create", actor=asked.actor, rollout=asked.rollout, parent=sheet.parent,
             req={"spec": shapes.plain(sheet.spec), "engine": sheet.engine},
         )  # fmt: skip

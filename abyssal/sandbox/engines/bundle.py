@@ -112,14 +112,14 @@ class Root:
         self.path.mkdir(mode=0o711)
         mounts.disk(spec.limits.disk, store.folder / "disks", self.folder / "disk.img")
         self._new("disk")
-        mounts.mount("-o", "loop,nosuid,nodev", str(self.folder / "disk.img"), str(self.folder / "disk"))
+        mounts.mount_disk(self.folder / "disk.img", self.folder / "disk")
         for name in ("upper", "work"):
             (self.folder / "disk" / name).mkdir()
         owners.show(self.folder / "disk", self._new("shown-disk"))
         lower: list[Path] = []
         for number, digest in enumerate(image.layers):
             layer, shown = self._new(f"layers/{number}"), self._new(f"shown/{number}")
-            mounts.mount("-t", "erofs", "-o", "ro,nosuid,nodev", str(store.layer(digest)), str(layer))
+            mounts.mount_layer(store.layer(digest), layer)
             owners.show(layer, shown)
             lower.insert(0, shown)
         shown_disk = self.folder / "shown-disk"

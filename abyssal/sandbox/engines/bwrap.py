@@ -174,7 +174,7 @@ class BwrapEngine:
             claim(self.name, box_id, self.state, folder)
             place = RUN / box_id / "upper"
             place.mkdir(mode=0o711)
-            mounts.mount("--bind", str(folder / "upper"), str(place))
+            mounts.bind(folder / "upper", place)
 
     def _command(self, spec: Spec, place: Path, root: Path, binds: Sequence[str], cores: int) -> list[str]:
         user, limits = USERS["user"], spec.limits

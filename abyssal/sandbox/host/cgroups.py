@@ -114,7 +114,8 @@ class Group:
     def add(self, pid: int) -> None:
         """Put a process into it; what it starts is then in it too."""
         for folder in self.folders():
-            (folder / "cgroup.procs").write_text(str(pid))
+            if str(pid) not in words(folder / "cgroup.procs"):  # to move a process makes all others wait
+                (folder / "cgroup.procs").write_text(str(pid))
 
     def pids(self) -> list[int]:
         """Its processes, as numbered here."""

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import ctypes
-import ctypes.util
+import errno
 import os
 import shutil
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 
 from abyssal.base.files import write_aside
 from abyssal.sandbox.errors import ImageError, Unsupported
+from abyssal.sandbox.host.loops import loop
 
 _LIBC = ctypes.CDLL(None, use_errno=True)
 # the same numbers on all architectures since Linux 5.2 and 5.12
@@ -19,6 +22,7 @@ _OPEN_TREE, _MOVE_MOUNT, _MOUNT_SETATTR = 428, 429, 442
 _AT_FDCWD, _AT_EMPTY_PATH = -100, 0x1000
 _OPEN_TREE_CLONE, _OPEN_TREE_CLOEXEC, _MOVE_EMPTY_PATH = 1, os.O_CLOEXEC, 4
 _ATTR_IDMAP = 0x00100000
+_RDONLY, _NOSUID, _NODEV, _BIND = 1, 2, 4, 4096
 
 
 class _MountAttr(ctypes.Structure):
@@ -30,15 +34,59 @@ class _MountAttr(ctypes.Structure):
     )
 
 
-def mount(*arguments: str) -> None:
-    """Run mount(8).
+def _mount(source: str, point: Path, kind: str, flags: int, options: str = "") -> None:
+    words = (os.fsencode(source), os.fsencode(point), kind.encode())
+    _check(_LIBC.mount(*words, ctypes.c_ulong(flags), os.fsencode(options)), f"mount {kind or 'bind'}")
+
+
+@contextmanager
+def _refused(what: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise ImageError(f"{what} cannot be mounted: {error}") from error
+
+
+def mount_disk(file: Path, point: Path) -> None:
+    """The ext4 file system in a file, to be written to. It is gone with its host, so the host's disk never waits for it.
 
     Raises:
-        ImageError: it refused.
+        ImageError: the kernel refused.
     """
-    done = subprocess.run(["mount", *arguments], capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise ImageError(f"mount {' '.join(arguments)}: {done.stderr.strip()}")
+    with _refused(f"disk {file}"), loop(file, writable=True) as device:
+        _mount(device, point, "ext4", _NOSUID | _NODEV, "nobarrier")
+
+
+def mount_layer(file: Path, point: Path) -> None:
+    """The EROFS file system in a file, read-only.
+
+    The kernel mounts the file itself, from 6.12 on; not where that lies on what is stacked already, such as overlayfs:
+    the overlay above would be one too many.
+
+    Raises:
+        ImageError: the kernel refused.
+    """
+    flags = _RDONLY | _NOSUID | _NODEV
+    with _refused(f"layer {file}"):
+        if os.major(file.stat().st_dev):  # a file system on a disk
+            try:
+                _mount(str(file.resolve()), point, "erofs", flags)
+                return
+            except OSError as error:
+                if error.errno != errno.ENOTBLK:
+                    raise
+        with loop(file, writable=False) as device:
+            _mount(device, point, "erofs", flags)
+
+
+def bind(folder: Path, point: Path) -> None:
+    """A folder at another place too.
+
+    Raises:
+        ImageError: the kernel refused.
+    """
+    with _refused(f"folder {folder}"):
+        _mount(str(folder), point, "", _BIND)
 
 
 def unmount(point: Path) -> None:
@@ -75,22 +123,24 @@ class Owners:
         self._child = subprocess.Popen(
             ["unshare", "--user", "cat"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
         )
+
+    @cached_property
+    def _fd(self) -> int:
+        """The namespace, once the child is there."""
         assert self._child.stdin is not None and self._child.stdout is not None
         self._child.stdin.write(b"\n")
         self._child.stdin.flush()
         if not self._child.stdout.readline():
             raise Unsupported("this host has no user namespaces")
         for name in ("uid_map", "gid_map"):
-            Path(f"/proc/{self._child.pid}/{name}").write_text(f"0 {base} {count}\n{count} 0 1\n")
-        self.fd = os.open(f"/proc/{self._child.pid}/ns/user", os.O_RDONLY | os.O_CLOEXEC)
+            Path(f"/proc/{self._child.pid}/{name}").write_text(f"0 {self.base} {self.count}\n{self.count} 0 1\n")
+        return os.open(f"/proc/{self._child.pid}/ns/user", os.O_RDONLY | os.O_CLOEXEC)
 
     def close(self) -> None:
         """End the child; mounts keep what they need."""
-        os.close(self.fd)
-        assert self._child.stdin is not None and self._child.stdout is not None
-        self._child.stdin.close()
-        self._child.stdout.close()
-        self._child.wait()
+        if "_fd" in self.__dict__:
+            os.close(self._fd)
+        self._child.communicate()
 
     def show(self, source: Path, point: Path) -> None:
         """Mount a folder elsewhere with these owners.
@@ -102,7 +152,7 @@ class Owners:
             flags = _OPEN_TREE_CLONE | _OPEN_TREE_CLOEXEC
             tree = _check(_LIBC.syscall(_OPEN_TREE, _AT_FDCWD, os.fsencode(source), flags), "open_tree")
             try:
-                attr = _MountAttr(attr_set=_ATTR_IDMAP, userns_fd=self.fd)
+                attr = _MountAttr(attr_set=_ATTR_IDMAP, userns_fd=self._fd)
                 size = ctypes.sizeof(attr)
                 _check(
                     _LIBC.syscall(_MOUNT_SETATTR, tree, b"", _AT_EMPTY_PATH, ctypes.byref(attr), size), "mount_setattr"
@@ -125,7 +175,8 @@ def overlay(lower: Sequence[Path], upper: Path, work: Path, point: Path) -> None
     layers = ":".join(str(each) for each in lower)
     fixed = "redirect_dir=off,metacopy=off,index=off,xino=off,uuid=off,volatile"
     options = f"lowerdir={layers},upperdir={upper},workdir={work},{fixed}"
-    mount("-t", "overlay", "overlay", "-o", options, str(point))
+    with _refused(f"overlay {point}"):
+        _mount("overlay", point, "overlay", 0, options)
 
 
 def disk(size: int, templates: Path, file: Path) -> None:

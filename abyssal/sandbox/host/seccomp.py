@@ -10,7 +10,9 @@ import ctypes
 import errno
 import os
 import platform
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 from abyssal.sandbox.errors import Unsupported
@@ -64,7 +66,8 @@ def rules() -> list[Rule]:
     return found
 
 
-def as_oci() -> dict[str, Any]:
+@cache
+def as_oci() -> Mapping[str, Any]:
     """The filter as a runtime's configuration."""
     arch = {"x86_64": "SCMP_ARCH_X86_64", "aarch64": "SCMP_ARCH_AARCH64"}.get(platform.machine())
     calls = []

@@ -56,7 +56,8 @@ class Log:
             self.cut: Fault | None = found.fault
             if self.cut is not None:
                 os.ftruncate(self._fd, found.good)
-            os.fsync(self._fd)
+            if found.records or self.cut is not None:
+                os.fsync(self._fd)
             _sync_folder(folder)
         except BaseException:
             os.close(self._fd)
