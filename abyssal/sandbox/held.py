@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -59,7 +59,7 @@ class Sheet:
 
     def write(self, folder: Path) -> None:
         """Keep it."""
-        write_json(folder / FILE, asdict(self))
+        write_json(folder / FILE, shapes.plain(self))
 
     def changed(self, **fields: Any) -> Sheet:
         """Another with some fields changed."""
@@ -67,7 +67,7 @@ class Sheet:
 
     def info(self) -> dict[str, Any]:
         """What callers see."""
-        shown = asdict(self)
+        shown = shapes.plain(self)
         shown["created"], shown["deadline"] = rfc3339(self.created), rfc3339(self.deadline)
         return shown
 

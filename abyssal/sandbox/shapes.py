@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, fields
+from dataclasses import fields, is_dataclass
 from typing import Any
 
 from abyssal.sandbox import errors
@@ -95,8 +95,14 @@ def texts(value: Any, name: str) -> Mapping[str, str]:
 
 
 def plain(value: Any) -> Any:
-    """A dataclass of the contract as JSON."""
-    return asdict(value)
+    """A dataclass of the contract as JSON; `asdict` copies deeply, which for every record adds up."""
+    if isinstance(value, list | tuple):
+        return [plain(each) for each in value]
+    if isinstance(value, Mapping):
+        return {key: plain(each) for key, each in value.items()}
+    if is_dataclass(value):
+        return {part.name: plain(getattr(value, part.name)) for part in fields(value)}
+    return value
 
 
 def placed(value: JSON) -> Placed:

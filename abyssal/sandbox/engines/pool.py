@@ -44,6 +44,7 @@ from abyssal.sandbox.errors import AgentLost, SandboxError, Unsupported
 
 WARM = 2  # workers that wait, for each box
 READY_S = 30.0
+AFTER_S = 0.01  # in which a result is kept and told
 WORKER = Path(pool_worker.__file__)
 
 
@@ -178,7 +179,8 @@ class PoolBox:
         return call
 
     async def _replace(self, box: Box) -> None:
-        """Another worker for one that has served; made afterwards, so that it is not in the call's way."""
+        """Another worker for one that has served; made later, so as not to be in the way of the result."""
+        await asyncio.sleep(AFTER_S)
         await self._discard(box)
         if self._ready.qsize() < WARM and not self._stopped:
             await self._make()

@@ -1,5 +1,6 @@
 """What waits in a container of the pool: a Python that serves one call. Its text is sent into the container."""
 
+import atexit
 import json
 import os
 import sys
@@ -25,7 +26,9 @@ def serve() -> None:
     if call["kind"] == "source":
         sys.argv = ["-c", *call["arguments"]]
         code = compile(call["source"], "<call>", "exec")
-        exec(code, {"__name__": "__main__", "__builtins__": __builtins__})
+        names = {"__name__": "__main__", "__builtins__": __builtins__}
+        exec(code, names)
+        names.clear()  # so that files that it left open are written
         return
     import importlib
 
@@ -33,5 +36,17 @@ def serve() -> None:
     print(json.dumps(function(*call["arguments"])))
 
 
+def end() -> None:
+    """What Python does at its end for others to see; to take itself apart costs more than a call."""
+    if "threading" in sys.modules:
+        sys.modules["threading"]._shutdown()
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        if stream is not None and not stream.closed:
+            stream.flush()
+    os._exit(0)
+
+
 if __name__ == "__main__":
     serve()
+    end()

@@ -6,6 +6,7 @@ import hashlib
 import shutil
 import subprocess
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 
 from abyssal.base.files import write_aside
@@ -33,10 +34,7 @@ def build(folder: Path, name: str, sources: Sequence[str]) -> Path:
         Unsupported: there is no compiler, or it cannot build it.
     """
     paths = [SOURCES / source for source in sources]
-    digest = hashlib.sha256(" ".join(FLAGS).encode())
-    for path in [*paths, *sorted(SOURCES.glob("*.h"))]:
-        digest.update(f"\0{path.name}\0".encode() + path.read_bytes())
-    program = folder / f"{name}-{digest.hexdigest()[:16]}"
+    program = folder / f"{name}-{_digest(tuple(paths))[:16]}"
     if program.exists():
         return program
     compiler = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
@@ -51,3 +49,11 @@ def build(folder: Path, name: str, sources: Sequence[str]) -> Path:
             raise Unsupported(f"{compiler} cannot build the guest's {name} ({reason}): {REMEDY}")
     program.chmod(0o755)
     return program
+
+
+@cache
+def _digest(paths: tuple[Path, ...]) -> str:
+    digest = hashlib.sha256(" ".join(FLAGS).encode())
+    for path in [*paths, *sorted(SOURCES.glob("*.h"))]:
+        digest.update(f"\0{path.name}\0".encode() + path.read_bytes())
+    return digest.hexdigest()

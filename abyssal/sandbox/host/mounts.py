@@ -48,7 +48,7 @@ def _refused(what: str) -> Iterator[None]:
 
 
 def mount_disk(file: Path, point: Path) -> None:
-    """The ext4 file system in a file, to be written to. It is gone with its host, so the host's disk never waits for it.
+    """The ext4 file system in a file, to be written to. It dies with its host, so nothing waits for the disk.
 
     Raises:
         ImageError: the kernel refused.

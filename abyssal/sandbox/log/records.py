@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
 VERSION = 1
@@ -66,13 +66,11 @@ class Record:
 
     def digest(self) -> str:
         """What `hash` has to be."""
-        fields = asdict(self)
-        del fields["hash"]
-        return sha256(canonical(fields))
+        return sha256(canonical({name: value for name, value in vars(self).items() if name != "hash"}))
 
     def payload(self) -> bytes:
         """Its bytes in the log."""
-        return canonical(asdict(self))
+        return canonical(vars(self))
 
 
 def canonical(value: JSON) -> bytes:
