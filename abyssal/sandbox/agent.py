@@ -98,6 +98,7 @@ class Agent:
     Args:
         reader, writer: the stream.
         first: number of the first operation; in a copy of a guest, above those that still run there.
+        hello: what it was told already.
 
     Attributes:
         lost: whether the stream has ended.
@@ -105,11 +106,13 @@ class Agent:
         oom_kills: how many processes of the sandbox the kernel killed for want of memory, where the host can tell.
     """
 
-    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, first: int = 1):
+    def __init__(
+        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, first: int = 1, hello: Hello | None = None
+    ):
         self._reader, self._writer = reader, writer
         self._ops: dict[int, asyncio.Queue[Frame | None]] = {}
         self._numbers = itertools.count(first)
-        self._hello: Hello | None = None
+        self._hello = hello
         self.lost = False
         self.cause: Callable[[], Cause] = lambda: "unknown"
         self.oom_kills: Callable[[], int] = lambda: 0

@@ -127,9 +127,8 @@ class VmBox(OverAgent):
             raise Timeout(f"the guest of {self.id} did not answer within {ANSWER:g} s") from error
         except asyncio.IncompleteReadError as error:
             raise AgentLost(machine.cause(), f"the guest of {self.id} ended before it answered") from error
-        self._agent = Agent(machine.reader, machine.writer, first + 1)
+        self._agent = Agent(machine.reader, machine.writer, first + 1, hello)
         self._agent.cause = self._cause
-        await self._agent.hello(hello, ANSWER)
         self.files = AgentFiles(self._agent)
         self._egress = Egress(self._agent, self._origin.env)
         await self._egress.set(self._origin.spec.network)

@@ -1,6 +1,6 @@
 """What the engines of virtual machines share: choosing hardware, starting cold or from a template, probes.
 
-The first sandbox of a kind starts cold, and its machine is kept as a template before anybody has spoken to its guest;
+The first sandbox of a kind starts cold, and its machine is kept as a template before its caller has spoken to its guest;
 all later ones of this kind go on from there. A kind is everything that could make a difference: programs, kernel,
 layers, limits.
 """
@@ -35,6 +35,7 @@ from abyssal.sandbox.vm.kernel import Kernel, kernel
 from abyssal.sandbox.vm.machine import Machine
 from abyssal.sandbox.vm.memory import Saved
 from abyssal.sandbox.vm.qemu import Hardware
+from abyssal.sandbox.vm.rehearsal import FIRST, rehearse
 
 MIB = 1 << 20
 COLD = 90.0  # seconds that a guest has to start, on a busy host with emulated processors
@@ -163,6 +164,7 @@ class MachineEngine:
                 await machine.go()
                 await _begun(machine)
                 if self._templates:
+                    await rehearse(machine.reader, machine.writer)
                     await machine.halt()
                     await self._make_template(kind, machine, scratch)
             except BaseException:
@@ -208,7 +210,7 @@ class MachineEngine:
 
 def _kind(hardware: Hardware, disk: int) -> str:
     """A name for machines that can stand in for each other; files count by name, which is a digest or a version."""
-    return hashlib.sha256(f"{qemu.version()} {disk} {hardware}".encode()).hexdigest()[:32]
+    return hashlib.sha256(f"{qemu.version()} {disk} {hardware} {FIRST}".encode()).hexdigest()[:32]
 
 
 async def _begun(machine: Machine, limit: float = COLD) -> None:

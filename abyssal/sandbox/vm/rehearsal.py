@@ -1,0 +1,40 @@
+"""What a guest does before it is kept as a template, so that those who go on from there find it in memory.
+
+A processor that is emulated takes longest for what it does for the first time: it reads a program from a disk by way of
+drivers that are translated as they run. The rehearsal says nothing that is anybody's: every sandbox greets its guest
+anew.
+"""
+
+from __future__ import annotations
+
+import asyncio
+
+from abyssal.sandbox import wire
+from abyssal.sandbox.agent import Hello
+from abyssal.sandbox.wire import Frame, Kind
+
+FIRST = (("true",), ("/bin/sh", "-c", "exit"))  # how most sandboxes begin; where an image lacks one, nothing happens
+_WINDOW = 4096
+
+
+async def rehearse(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    """Greet the guest and run some programs in it.
+
+    Raises:
+        asyncio.IncompleteReadError: it ended.
+    """
+    writer.write(wire.encode(Kind.HELLO, 1, Hello("template", cwd="/").payload()))
+    await _until(reader, 1, Kind.READY)
+    for number, argv in enumerate(FIRST, 2):
+        items: list[tuple[str, object]] = [("arg", word) for word in argv]
+        writer.write(wire.encode(Kind.EXEC, number, wire.fields([*items, ("cwd", "/"), ("window", _WINDOW)])))
+        await _until(reader, number, Kind.EXITED)
+
+
+async def _until(reader: asyncio.StreamReader, op: int, kind: Kind) -> None:
+    while True:
+        size = int.from_bytes(await reader.readexactly(4), "little")
+        body = await reader.readexactly(size)
+        frame = Frame(body[0], int.from_bytes(body[1:5], "little"))
+        if frame.op == op and frame.kind in (kind, Kind.FAIL):
+            return
