@@ -21,5 +21,5 @@ class QemuMicrovmEngine(MachineEngine):
 
     def _hardware(self, guest: Kernel, first: Path, base: Hardware, limits: Limits) -> Hardware:
         names = ",".join(f"L{index}" for index in range(len(base.layers)))
-        line = qemu.kernel_line(limits.memory, limits.pids, names, counter_khz(self._state))
+        line = qemu.kernel_line(limits.memory, limits.pids, names, counter_khz(self._state), base.accel)
         return replace(base, machine="microvm", kernel=guest.plain, initramfs=first, command_line=line)

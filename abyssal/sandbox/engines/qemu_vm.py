@@ -27,7 +27,7 @@ class QemuVmEngine(MachineEngine):
     def _hardware(self, guest: Kernel, first: Path, base: Hardware, limits: Limits) -> Hardware:
         lowest, *others = base.layers
         names = ",".join(["disk:2", *(f"L{index}" for index in range(len(others)))])
-        line = qemu.kernel_line(limits.memory, limits.pids, names, counter_khz(self._state))
+        line = qemu.kernel_line(limits.memory, limits.pids, names, counter_khz(self._state), base.accel)
         digest = hashlib.sha256(f"{guest.digest} {first.name} {lowest.name} {line}".encode()).hexdigest()
         disk = self._state / "disks" / f"{digest[:32]}.qcow2"
         if not disk.exists():

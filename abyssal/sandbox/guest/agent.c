@@ -31,10 +31,14 @@ static void ready(uint32_t op) {
   send_fields(READY, op, &b);
 }
 
-static void write_text(const char *path, const char *text) {
-  int fd = open(path, O_WRONLY | O_CREAT | O_TRUNC | O_NOFOLLOW | O_CLOEXEC, 0644);
+/* Over what the file has: one that is emptied first is written to the disk at once. */
+static void write_line(const char *path, const char *text) {
+  struct stat s;
+  off_t size = (off_t)strlen(text) + 1;
+  int fd = open(path, O_WRONLY | O_CREAT | O_NOFOLLOW | O_CLOEXEC, 0644);
   if (fd < 0) return;
-  if (write(fd, text, strlen(text)) < 0 || write(fd, "\n", 1) < 0) perror(path);
+  if (pwrite(fd, text, strlen(text), 0) < 0 || pwrite(fd, "\n", 1, size - 1) < 0) perror(path);
+  if (!fstat(fd, &s) && s.st_size > size && ftruncate(fd, size) < 0) perror(path);
   close(fd);
 }
 
@@ -46,7 +50,7 @@ static void identity(const struct frame *f) {
   machine_seed(field(f, "seed", ""));
   if (base.machine && ns && clock_settime(CLOCK_REALTIME, &t) < 0) perror("agent: clock");
   if (name && *name && sethostname(name, strlen(name)) < 0 && base.machine) perror("agent: host name");
-  if (id && *id) write_text("/etc/machine-id", id);
+  if (id && *id) write_line("/etc/machine-id", id);
 }
 
 static bool empty(const char *path) {

@@ -1,7 +1,7 @@
 """What the engines of virtual machines share: choosing hardware, starting cold or from a template, probes.
 
-The first sandbox of a kind starts cold, and its machine is kept as a template before its caller has spoken to its guest;
-all later ones of this kind go on from there. A kind is everything that could make a difference: programs, kernel,
+The first sandbox of a kind starts cold, and its machine is kept as a template before its caller has spoken to the
+guest; all later ones of this kind go on from there. A kind is everything that could make a difference: programs, kernel,
 layers, limits.
 """
 
@@ -14,6 +14,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 
 from abyssal.base.files import write_folder
@@ -138,13 +139,18 @@ class MachineEngine:
 
     def _plan(self, spec: Spec, how: Accel, image: Image) -> Hardware:
         """The hardware, after whatever it needs has been built."""
-        guest = kernel(self._state)
-        programs = self._state / "programs"
-        first = initramfs(self._state, guest, build.build(programs, "boot", ["boot.c"]), build.agent(programs))
+        guest, first = self._guest
         size = -(-(spec.limits.memory + _KERNEL) // (2 * MIB)) * 2 * MIB
         layers = tuple(self._store.layer(digest) for digest in image.layers)
         base = Hardware("microvm", how, math.ceil(spec.limits.cpu), size, layers=layers)
         return self._hardware(guest, first, base, spec.limits)
+
+    @cached_property
+    def _guest(self) -> tuple[Kernel, Path]:
+        """Kernel and first root, built at their first use."""
+        guest, programs = kernel(self._state), self._state / "programs"
+        boot, agent = build.build(programs, "boot", ["boot.c"]), build.agent(programs)
+        return guest, initramfs(self._state, guest, boot, agent)
 
     def _image(self, name: str) -> Image:
         if name != "host":

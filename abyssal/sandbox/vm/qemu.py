@@ -80,7 +80,7 @@ def version() -> str:
     return done.stdout.splitlines()[0]
 
 
-def kernel_line(memory: int, pids: int, layers: str, khz: int) -> str:
+def kernel_line(memory: int, pids: int, layers: str, khz: int, accel: Accel) -> str:
     """The kernel's command line: what `boot` and the agent read there, and what spares time and noise.
 
     Args:
@@ -88,12 +88,15 @@ def kernel_line(memory: int, pids: int, layers: str, khz: int) -> str:
         pids: processes that they may be.
         layers: serial numbers of disks with layers, lowest first.
         khz: of the time stamp counter.
+        accel: how its processors run.
     """
+    # they act on what a real processor does ahead of time; translated, they are nothing but more to translate
+    mitigations = " mitigations=off" if accel == "tcg" else ""
     return " ".join(
         [
             "console=ttyS0 quiet loglevel=4 panic=-1 oops=panic",
             f"tsc_early_khz={khz} tsc=reliable clocksource=tsc",
-            "audit=0 apparmor=0 8250.nr_uarts=1 random.trust_cpu=on",
+            "audit=0 apparmor=0 psi=0 lsm=landlock,yama 8250.nr_uarts=1 random.trust_cpu=on" + mitigations,
             "sysctl.vm.overcommit_memory=1",  # the limit is the group's; a large request alone is no failure
             f"abyssal.port={PORT} abyssal.memory={memory} abyssal.pids={pids}",
             f"abyssal.layers={layers} abyssal.scratch=scratch",

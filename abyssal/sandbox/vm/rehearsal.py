@@ -15,6 +15,7 @@ from abyssal.sandbox.wire import Frame, Kind
 
 FIRST = (("true",), ("/bin/sh", "-c", "exit"))  # how most sandboxes begin; where an image lacks one, nothing happens
 _WINDOW = 4096
+_REST_S = 0.2  # in which the guest's kernel frees what these programs had
 
 
 async def rehearse(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -23,12 +24,15 @@ async def rehearse(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -
     Raises:
         asyncio.IncompleteReadError: it ended.
     """
-    writer.write(wire.encode(Kind.HELLO, 1, Hello("template", cwd="/").payload()))
+    writer.write(wire.encode(Kind.HELLO, 1, Hello("template").payload()))
     await _until(reader, 1, Kind.READY)
     for number, argv in enumerate(FIRST, 2):
         items: list[tuple[str, object]] = [("arg", word) for word in argv]
-        writer.write(wire.encode(Kind.EXEC, number, wire.fields([*items, ("cwd", "/"), ("window", _WINDOW)])))
+        writer.write(wire.encode(Kind.EXEC, number, wire.fields([*items, ("window", _WINDOW)])))
         await _until(reader, number, Kind.EXITED)
+    writer.write(wire.encode(Kind.SYNC, 1))
+    await _until(reader, 1, Kind.OK)
+    await asyncio.sleep(_REST_S)
 
 
 async def _until(reader: asyncio.StreamReader, op: int, kind: Kind) -> None:
