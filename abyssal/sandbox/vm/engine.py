@@ -1,8 +1,8 @@
 """What the engines of virtual machines share: choosing hardware, starting cold or from a template, probes.
 
 The first sandbox of a kind starts cold, and its machine is kept as a template before its caller has spoken to the
-guest; all later ones of this kind go on from there. A kind is everything that could make a difference: programs, kernel,
-layers, limits.
+guest; all later ones of this kind go on from there. A kind is everything that could make a difference: programs,
+kernel, layers, limits.
 """
 
 from __future__ import annotations
