@@ -139,7 +139,7 @@ int main(void) {
   mount_layers(lower, sizeof lower);
   if (word("abyssal.scratch", scratch, sizeof scratch)) {
     disk(scratch, device, sizeof device);
-    mount_at(device, "/scratch", "ext4", MS_NOATIME, "");
+    mount_at(device, "/scratch", "ext4", MS_NOATIME, "noinit_itable,nobarrier");
   } else {
     mount_at("tmpfs", "/scratch", "tmpfs", MS_NOATIME, "mode=755");
   }

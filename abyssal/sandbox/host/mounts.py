@@ -54,7 +54,7 @@ def mount_disk(file: Path, point: Path) -> None:
         ImageError: the kernel refused.
     """
     with _refused(f"disk {file}"), loop(file, writable=True) as device:
-        _mount(device, point, "ext4", _NOSUID | _NODEV, "nobarrier")
+        _mount(device, point, "ext4", _NOSUID | _NODEV, "nobarrier,noinit_itable")
 
 
 def mount_layer(file: Path, point: Path) -> None:

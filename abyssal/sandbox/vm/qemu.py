@@ -97,6 +97,7 @@ def kernel_line(memory: int, pids: int, layers: str, khz: int, accel: Accel) -> 
             "console=ttyS0 quiet loglevel=4 panic=-1 oops=panic",
             f"tsc_early_khz={khz} tsc=reliable clocksource=tsc",
             "audit=0 apparmor=0 psi=0 lsm=landlock,yama 8250.nr_uarts=1 random.trust_cpu=on" + mitigations,
+            "sysctl.vm.dirty_writeback_centisecs=6000",  # a disk that ends with its guest is in no hurry
             "sysctl.vm.overcommit_memory=1",  # the limit is the group's; a large request alone is no failure
             f"abyssal.port={PORT} abyssal.memory={memory} abyssal.pids={pids}",
             f"abyssal.layers={layers} abyssal.scratch=scratch",
