@@ -10,6 +10,9 @@ before each reply):
   between calls, in which the pool makes new ones. `sustained` is the same without a pause.
 - write, read: a file of 32 MiB through `files`.
 - fork: one copy, to the end of a `true` in it (engines that fork).
+- checkpoint, restore: a snapshot, with memory where the engine keeps it (containers, gVisor's too, keep their disk
+  alone), and a sandbox that starts from it, to the end of a `true` (engines that start from snapshots).
+- cold: a start of a kind that no template is kept of, which is then made (machines).
 
 Peers, in turns with them in the same run: `runc run` on a bundle that holds one static program, made by `runc spec`;
 `bwrap` with this host's root; `runc exec`; and a plain subprocess, which is the least that starting a program takes.
@@ -36,6 +39,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -43,10 +47,13 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from abyssal.base.files import write_json
 from abyssal.base.machine import this_machine
-from abyssal.sandbox.api import Command, Engine, Exit, Spec, Substrate
+from abyssal.sandbox.api import Command, Engine, Exit, Limits, Restores, Spec, Substrate
 from abyssal.sandbox.edge import Edge
 from abyssal.sandbox.engines.registry import installed
+from abyssal.sandbox.engines.wasm import WasmEngine
+from abyssal.sandbox.errors import Unsupported
 from abyssal.sandbox.hub import Sandboxes
+from abyssal.sandbox.sandbox import Sandbox
 
 HERE = Path(__file__).parent
 FILE = 32 << 20
@@ -57,8 +64,8 @@ BARS: dict[str, dict[str, tuple[float, float | None]]] = {
     "bwrap": {"command": (10, None)},
     "pool": {"command": (10, None)},
     "wasm": {"command": (60, None)},
-    "gvisor": {"start": (300, None), "command": (10, None)},
-    "qemu-microvm": {"start": (400, None), "command": (10, None)},
+    "gvisor": {"start": (300, None), "command": (10, None), "checkpoint": (200, None), "restore": (400, None)},
+    "qemu-microvm": {"start": (400, None), "command": (10, None), "cold": (4000, None)},
 }
 LOG_MS, FORWARD_S = 3.0, 1.0
 Row = dict[str, Any]
@@ -164,8 +171,35 @@ async def of_engine(hub: Sandboxes, engine: Engine, substrate: Substrate, repeat
             await twin.stop()
 
         row["fork"] = spread([await timed(copy) for _ in range(max(repeat // 4, 2))])
+    if "snapshot" in engine.features:
+        row |= await of_snapshots(hub, engine, box, max(repeat // 4, 2))
     await box.stop()
+    if "memory-snapshot" in engine.features:
+
+        async def cold(number: int) -> None:
+            odd = await hub.create(substrate, engine=engine.name, limits=Limits(memory=(514 + 2 * number) << 20))
+            await odd.run(command)
+            await odd.stop()
+
+        row["cold"] = spread([await timed(lambda number=number: cold(number)) for number in range(3)])  # type: ignore[misc]
     return row
+
+
+async def of_snapshots(hub: Sandboxes, engine: Engine, box: Sandbox, repeat: int) -> Row:
+    """Snapshots of a sandbox, and starts from them."""
+    kept: list[float] = []
+    restored: list[float] = []
+    for _ in range(repeat):
+        begin = time.perf_counter()
+        snapshot = await box.snapshot(memory="memory-snapshot" in engine.features)
+        kept.append(time.perf_counter() - begin)
+        if isinstance(engine, Restores):
+            begin = time.perf_counter()
+            twin = await hub.create(engine.substrates[0], engine=engine.name, snapshot=snapshot)
+            await twin.run(["true"])
+            restored.append(time.perf_counter() - begin)
+            await twin.stop()
+    return {"checkpoint": spread(kept), **({"restore": spread(restored)} if restored else {})}
 
 
 def files_here(folder: Path) -> Row:
@@ -229,6 +263,9 @@ async def measure(names: list[str], repeat: int, folder: Path) -> Row:
     try:
         async with Sandboxes(edge) as hub:
             for engine in engines:
+                if isinstance(engine, WasmEngine):  # compiled once for each release; longer than a probe may take
+                    with suppress(Unsupported):
+                        await asyncio.to_thread(lambda engine=engine: engine.compiled)  # type: ignore[misc]
                 probe = await edge.placement.probe(engine)
                 if not probe.ok:
                     print(f"{engine.name} does not run here: {probe.detail}", flush=True)
