@@ -179,9 +179,8 @@ def claimed(engine: str, state: Path) -> dict[str, Path]:
 
 def remove(folder: Path, place: Path) -> None:
     """What a box had mounted and written."""
-    for top in (place, folder):
-        for point in mounts.mounts_below(top):
-            mounts.unmount(point)
+    for point in mounts.mounts_below(place, folder):
+        mounts.unmount(point)
     shutil.rmtree(place, ignore_errors=True)
     with suppress(OSError):
         for name in ("disk.img", "config.json"):

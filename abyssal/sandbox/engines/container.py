@@ -75,7 +75,8 @@ class ContainerBox(OverAgent):
     async def snapshot(self, folder: Path, *, memory: bool = False) -> Mapping[str, str]:
         if memory:
             raise Unsupported(f"engine {self.placed.engine} keeps no memory in snapshots: choose substrate microvm")
-        await self._agent.sync()
+        if self.placed.boundary == "user-kernel":  # it keeps writes to itself; a shared one would flush all disks
+            await self._agent.sync()
         return await asyncio.to_thread(self._pack, folder)
 
     def _pack(self, folder: Path) -> Mapping[str, str]:

@@ -89,19 +89,22 @@ def bind(folder: Path, point: Path) -> None:
         _mount(str(folder), point, "", _BIND)
 
 
-def unmount(point: Path) -> None:
+def unmount(point: str) -> None:
     """Take a mount away, at once for names and later for who still uses it; nothing happens where none is."""
     _LIBC.umount2(os.fsencode(point), 2)
 
 
-def mounts_below(folder: Path) -> list[Path]:
-    """Mount points in a folder, deepest first."""
+def mounts_below(*folders: Path) -> list[str]:
+    """Mount points in folders, deepest first. A host with many sandboxes has thousands of others."""
+    tops = tuple(f"{folder}/" for folder in folders)
     found = []
     for line in Path("/proc/self/mountinfo").read_text().splitlines():
-        point = Path(line.split()[4].encode().decode("unicode_escape"))
-        if point.is_relative_to(folder):
+        point = line.split(" ", 5)[4]
+        if "\\" in point:
+            point = point.encode().decode("unicode_escape")
+        if f"{point}/".startswith(tops):
             found.append(point)
-    return sorted(found, key=lambda point: len(point.parts), reverse=True)
+    return sorted(found, key=lambda point: point.count("/"), reverse=True)
 
 
 def _check(result: int, what: str) -> int:
