@@ -13,7 +13,8 @@ import math
 import shutil
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
 from functools import cached_property
 from pathlib import Path
 
@@ -132,7 +133,8 @@ class MachineEngine:
             machine = await Machine.start("kvm-trial", hardware, ram, scratch, shared=True)
             try:
                 await machine.go()
-                await _begun(machine, LIMIT)
+                async with _hearing(machine, LIMIT):
+                    await _begun(machine)
             finally:
                 await machine.end()
         return time.monotonic() - begin
@@ -168,9 +170,11 @@ class MachineEngine:
             machine = await Machine.start(box_id, origin.hardware, ram, scratch, shared=True, admit=group.add)
             try:
                 await machine.go()
-                await _begun(machine)
+                async with _hearing(machine):
+                    await _begun(machine)
                 if self._templates:
-                    await rehearse(machine.reader, machine.writer)
+                    async with _hearing(machine):
+                        await rehearse(machine.reader, machine.writer)
                     await machine.halt()
                     await self._make_template(kind, machine, scratch)
             except BaseException:
@@ -219,14 +223,20 @@ def _kind(hardware: Hardware, disk: int) -> str:
     return hashlib.sha256(f"{qemu.version()} {disk} {hardware} {FIRST}".encode()).hexdigest()[:32]
 
 
-async def _begun(machine: Machine, limit: float = COLD) -> None:
-    """Wait for the agent's first word, and leave it for the next reader."""
+@asynccontextmanager
+async def _hearing(machine: Machine, limit: float = COLD) -> AsyncIterator[None]:
+    """Whoever reads from a guest in here learns why nothing comes."""
     try:
         async with asyncio.timeout(limit):
-            size = int.from_bytes(await machine.reader.readexactly(4), "little")
-            await machine.reader.readexactly(size)
+            yield
     except TimeoutError as error:
         said = machine.console[-300:] or "nothing"
         raise Timeout(f"the guest did not answer within {limit:g} s; its kernel said: {said}") from error
     except asyncio.IncompleteReadError as error:
         raise AgentLost(machine.cause(), f"the guest ended; its kernel said: {machine.console[-300:]}") from error
+
+
+async def _begun(machine: Machine) -> None:
+    """Wait for the agent's first word."""
+    size = int.from_bytes(await machine.reader.readexactly(4), "little")
+    await machine.reader.readexactly(size)

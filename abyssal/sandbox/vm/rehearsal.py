@@ -14,7 +14,7 @@ from abyssal.sandbox.agent import Hello
 from abyssal.sandbox.wire import Frame, Kind
 
 FIRST = (("true",), ("/bin/sh", "-c", "exit"))  # how most sandboxes begin; where an image lacks one, nothing happens
-_WINDOW = 4096
+_WINDOW, _MOST_MS = 4096, 20_000
 _REST_S = 0.2  # in which the guest's kernel frees what these programs had
 
 
@@ -28,7 +28,8 @@ async def rehearse(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -
     await _until(reader, 1, Kind.READY)
     for number, argv in enumerate(FIRST, 2):
         items: list[tuple[str, object]] = [("arg", word) for word in argv]
-        writer.write(wire.encode(Kind.EXEC, number, wire.fields([*items, ("window", _WINDOW)])))
+        items += [("window", _WINDOW), ("timeout_ms", _MOST_MS)]  # they are the image's programs, not ours
+        writer.write(wire.encode(Kind.EXEC, number, wire.fields(items)))
         await _until(reader, number, Kind.EXITED)
     writer.write(wire.encode(Kind.SYNC, 1))
     await _until(reader, 1, Kind.OK)
