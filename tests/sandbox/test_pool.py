@@ -53,6 +53,27 @@ def test_calls_answer_and_fail(state: Path, inner: Kind) -> None:
     with_box(state, work, inner)
 
 
+def test_a_call_ends_as_python_does(state: Path) -> None:
+    source = """
+import atexit, threading, time
+def late():
+    time.sleep(0.1)
+    print("thread", flush=True)
+atexit.register(lambda: print("at exit", flush=True))
+threading.Thread(target=late).start()
+left = open("/dev/stdout", "w")
+left.write("left open\\n")
+print("call", flush=True)
+"""
+
+    async def work(box: Box) -> None:
+        ended = await run(box, python(source))
+        assert (ended.code, ended.stderr) == (0, "")
+        assert ended.stdout.split("\n") == ["call", "thread", "at exit", "left open", ""]
+
+    with_box(state, work)
+
+
 def test_nothing_is_left_for_the_next_call(state: Path) -> None:
     leave = """
 import os, multiprocessing.shared_memory as m

@@ -17,30 +17,30 @@ def _exactly(size: int) -> bytes:
     return b"".join(parts)
 
 
-def serve() -> None:
-    """Wait for a call, and be it."""
+def serve() -> dict[str, object]:
+    """Wait for a call, and be it; returns the names that its source has made."""
     os.write(1, b"\x06")
     call = json.loads(_exactly(int(_exactly(8), 16)))
     os.environ.update(call["env"])
     os.chdir(call["cwd"])
+    names: dict[str, object] = {"__name__": "__main__", "__builtins__": __builtins__}
     if call["kind"] == "source":
         sys.argv = ["-c", *call["arguments"]]
-        code = compile(call["source"], "<call>", "exec")
-        names = {"__name__": "__main__", "__builtins__": __builtins__}
-        exec(code, names)
-        names.clear()  # so that files that it left open are written
-        return
+        exec(compile(call["source"], "<call>", "exec"), names)
+        return names
     import importlib
 
     function = getattr(importlib.import_module(call["module"]), call["function"])
     print(json.dumps(function(*call["arguments"])))
+    return names
 
 
-def end() -> None:
+def end(names: dict[str, object]) -> None:
     """What Python does at its end for others to see; to take itself apart costs more than a call."""
     if "threading" in sys.modules:
         sys.modules["threading"]._shutdown()
     atexit._run_exitfuncs()
+    names.clear()  # files that were left open are written
     for stream in (sys.stdout, sys.stderr):
         if stream is not None and not stream.closed:
             stream.flush()
@@ -48,5 +48,4 @@ def end() -> None:
 
 
 if __name__ == "__main__":
-    serve()
-    end()
+    end(serve())
