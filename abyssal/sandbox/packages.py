@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from abyssal.sandbox.errors import Unsupported
 
 _AGENT = ("gcc", "libc6-dev")  # the guest's agent is compiled here
-_ROOT = (*_AGENT, "e2fsprogs", "erofs-utils", "mount", "util-linux")  # layers and disks
+_ROOT = (*_AGENT, "e2fsprogs", "erofs-utils", "util-linux")  # layers and disks
 _RUNC = ("runc", *_ROOT, "libseccomp2")
 _MACHINE = ("qemu-system-x86", "qemu-utils", "bubblewrap", "lz4", *_ROOT)
 NEEDS: Mapping[str, Sequence[str]] = {
