@@ -111,6 +111,9 @@ def serve(
     warm: Annotated[
         list[str] | None, typer.Option(help="SUBSTRATE:IMAGE:COUNT to have ready; may be repeated.")
     ] = None,
+    grace: Annotated[
+        float, typer.Option(help="Seconds for which sandboxes outlive a server that was killed; 0 for none.", min=0)
+    ] = 60.0,
     open_network: Annotated[bool, typer.Option(help="Let sandboxes ask for the network mode open.")] = False,
     engine: Engines = None,
     home: Home = None,
@@ -141,7 +144,9 @@ def serve(
         room = Capacity(memory=total, sandboxes=sandboxes, per_job=per_job)
         folder = edge_home(home)
         engines = installed(folder / "engines", allow_unsafe=allow_unsafe, names=engine or ())
-        edge = await Edge.open(folder, engines, capacity=room, warm=kinds, open_network=open_network)
+        edge = await Edge.open(
+            folder, engines, capacity=room, warm=kinds, open_network=open_network, grace=grace or None
+        )
         try:
             if socket_path is not None:
                 listening, where = unix_socket(socket_path), str(socket_path)

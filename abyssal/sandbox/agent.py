@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import secrets
+import socket
 import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
@@ -66,6 +67,7 @@ class Hello:
         env: of every command, above what makes runs steady.
         seed: for its random numbers.
         machine_id: its identity, another one for each incarnation.
+        token: by which it knows a host that takes over the stream from one that died; empty where none will.
     """
 
     hostname: str
@@ -74,6 +76,7 @@ class Hello:
     env: Mapping[str, str] = field(default_factory=dict)
     seed: bytes = field(default_factory=lambda: secrets.token_bytes(32))
     machine_id: str = field(default_factory=lambda: secrets.token_hex(16))
+    token: bytes = b""
 
     def payload(self) -> bytes:
         """As fields."""
@@ -88,6 +91,7 @@ class Hello:
             ("uid", user.uid),
             ("gid", user.gid),
             ("cwd", self.cwd),
+            ("token", self.token.hex()),
         ]
         return wire.fields([*items, *(("env", f"{key}={value}") for key, value in env.items())])
 
@@ -99,6 +103,7 @@ class Agent:
         reader, writer: the stream.
         first: number of the first operation; in a copy of a guest, above those that still run there.
         hello: what it was told already.
+        behind: what comes up to and with these bytes is passed over: it was meant for another.
 
     Attributes:
         lost: whether the stream has ended.
@@ -107,17 +112,44 @@ class Agent:
     """
 
     def __init__(
-        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, first: int = 1, hello: Hello | None = None
+        self,
+        reader: asyncio.StreamReader,
+        writer: asyncio.StreamWriter,
+        first: int = 1,
+        hello: Hello | None = None,
+        behind: bytes = b"",
     ):
         self._reader, self._writer = reader, writer
         self._ops: dict[int, asyncio.Queue[Frame | None]] = {}
         self._numbers = itertools.count(first)
         self._hello = hello
+        self._behind = behind
         self.lost = False
         self.cause: Callable[[], Cause] = lambda: "unknown"
         self.oom_kills: Callable[[], int] = lambda: 0
         self._first: asyncio.Future[Frame | None] = asyncio.get_running_loop().create_future()
         self._task = asyncio.create_task(self._receive())
+
+    @classmethod
+    async def rejoin(cls, stream: socket.socket, hello: Hello, first: int) -> Agent:
+        """An agent whose host died; it says its first word again as soon as it can.
+
+        Args:
+            stream: that led to it.
+            hello: what it was told, with its token.
+            first: number of the first operation, above all that it was ever given.
+        """
+        mark = secrets.token_bytes(wire.MARK_SIZE)
+        reader, writer = await asyncio.open_connection(sock=stream)
+        agent = cls(reader, writer, first, hello.token + mark)
+        agent._hello = hello
+        writer.write(hello.token + mark)  # nobody waits for it to be read: the sandbox may be paused
+        return agent
+
+    @property
+    def descriptor(self) -> int:
+        """Of the stream."""
+        return int(self._writer.get_extra_info("socket").fileno())
 
     @property
     def greeting(self) -> Hello:
@@ -239,16 +271,28 @@ class Agent:
     async def _receive(self) -> None:
         decoder = Decoder()
         try:
-            while data := await self._reader.read(READ_SIZE):
+            data = await self._pass_over()
+            while data or (data := await self._reader.read(READ_SIZE)):
                 for frame in decoder.feed(data):
                     if frame.kind == Kind.READY and not self._first.done():
                         self._first.set_result(frame)
                     if frame.op in self._ops:
                         self._ops[frame.op].put_nowait(frame)
+                data = b""
         except (OSError, ValueError):
             pass
         finally:
             self._end()
+
+    async def _pass_over(self) -> bytes:
+        """Read past what was meant for another; returns what came behind it."""
+        seen, wanted = b"", self._behind
+        while wanted not in seen:
+            data = await self._reader.read(READ_SIZE)
+            if not data:
+                raise ConnectionResetError("the agent ended before it knew us")
+            seen = seen[-len(wanted) :] + data
+        return seen.partition(wanted)[2] if wanted else b""
 
     def _end(self) -> None:
         self.lost = True

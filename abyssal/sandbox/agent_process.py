@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import errno
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
 
 from abyssal.sandbox import wire
 from abyssal.sandbox.agent import Agent, split, user_named
 from abyssal.sandbox.api import Command, Exit, ProcessEvent, Stderr, Stdout, Usage
-from abyssal.sandbox.errors import LimitHit, NotFound, PathError, SandboxError, Unsupported
+from abyssal.sandbox.errors import AgentLost, LimitHit, NotFound, PathError, SandboxError, Unsupported
 from abyssal.sandbox.wire import Frame, Kind
 
 WINDOW = 1 << 18  # bytes of output that may be on their way
+BEGIN_S = 5.0
 
 
 async def start(agent: Agent, command: Command, *, caps: bool = False) -> AgentProcess:
@@ -31,7 +34,7 @@ async def start(agent: Agent, command: Command, *, caps: bool = False) -> AgentP
     op, frames = agent.begin()
     before = agent.oom_kills()
     try:
-        await agent.send(Kind.EXEC, op, _payload(agent, command, caps))
+        await agent.send(Kind.EXEC, op, _payload(agent, command, caps, before))
         answer = await agent.next(frames)
         if answer.kind != Kind.STARTED:
             raise _refusal(command, answer)
@@ -41,7 +44,56 @@ async def start(agent: Agent, command: Command, *, caps: bool = False) -> AgentP
     return AgentProcess(agent, op, frames, int(answer.values()["pid"]), before)
 
 
-def _payload(agent: Agent, command: Command, caps: bool) -> bytes:
+@dataclass(frozen=True)
+class LeftProcess:
+    """A command that an earlier host began; see `Left`."""
+
+    agent: Agent
+    op: int
+    pid: int
+    oom_before: int
+    stdout: int
+    stderr: int
+    fed: bool
+
+    async def join(self, stdout: int, stderr: int) -> AgentProcess:
+        frames = self.agent.join(self.op)
+        if frames is None:
+            raise self.agent.why_lost()
+        at = {Kind.OUT: max(stdout, self.stdout), Kind.ERR: max(stderr, self.stderr)}
+        process = AgentProcess(self.agent, self.op, frames, self.pid, self.oom_before, at)
+        places = [("out", at[Kind.OUT]), ("err", at[Kind.ERR]), ("window", WINDOW)]
+        await self.agent.send(Kind.JOIN, self.op, wire.fields(places))
+        return process
+
+    async def settle(self) -> None:
+        with suppress(AgentLost):
+            await self.agent.send(Kind.SETTLE, self.op)
+
+
+async def left(agent: Agent) -> Mapping[str, LeftProcess]:
+    """Commands with a name that run, or whose end nobody has settled.
+
+    Raises:
+        AgentLost: the sandbox is gone.
+    """
+    until = asyncio.get_running_loop().time() + BEGIN_S
+    while True:
+        found, begun = {}, True
+        async with agent.operation() as (op, frames):
+            await agent.send(Kind.RUNNING, op)
+            while (frame := await agent.next(frames)).kind == Kind.OPERATION:
+                said = frame.values()
+                names = ("id", "pid", "before", "out", "err")
+                op_id, pid, before, out, err = (int(said[name]) for name in names)
+                found[said["name"]] = LeftProcess(agent, op_id, pid, before, out, err, said["fed"] != "0")
+                begun = begun and said["begun"] != "0"
+        if begun or asyncio.get_running_loop().time() > until:
+            return found
+        await asyncio.sleep(0.02)  # its program is about to run, or to be refused
+
+
+def _payload(agent: Agent, command: Command, caps: bool, before: int) -> bytes:
     items: list[tuple[str, object]] = [("arg", argument) for argument in command.argv]
     env = dict(command.env)
     if command.user is not None and command.user != agent.greeting.user:
@@ -57,6 +109,8 @@ def _payload(agent: Agent, command: Command, caps: bool) -> bytes:
         items.append(("stdin", 1))
     if command.keep:
         items.append(("keep", 1))
+    if command.name:
+        items += [("name", command.name), ("before", before)]
     if caps:
         items.append(("caps", 1))
     if command.timeout is not None:
@@ -83,10 +137,19 @@ def _refusal(command: Command, answer: Frame) -> SandboxError:
 class AgentProcess:
     """A program that runs inside; see `Process`."""
 
-    def __init__(self, agent: Agent, op: int, frames: asyncio.Queue[Frame | None], pid: int, oom_before: int):
+    def __init__(
+        self,
+        agent: Agent,
+        op: int,
+        frames: asyncio.Queue[Frame | None],
+        pid: int,
+        oom_before: int,
+        joined: Mapping[Kind, int] | None = None,
+    ):
         self.pid = pid
+        self._offsets = {Kind.OUT: 0, Kind.ERR: 0} if joined is None else dict(joined)
         self._agent, self._op, self._frames, self._oom_before = agent, op, frames, oom_before
-        self._input_left = wire.STDIN_WINDOW
+        self._input_left = wire.STDIN_WINDOW if joined is None else 0  # the guest says how much, when it is joined
         self._input_room = asyncio.Event()
         self._own: asyncio.Queue[Frame | None] = asyncio.Queue()
         self._task = asyncio.create_task(self._sort())
@@ -107,8 +170,7 @@ class AgentProcess:
         self._input_room.set()
 
     async def events(self) -> AsyncIterator[ProcessEvent]:
-        offsets = {Kind.OUT: 0, Kind.ERR: 0}
-        read = 0
+        offsets, read = self._offsets, 0
         while True:
             frame = await self._agent.next(self._own)
             if frame.kind == Kind.EXITED:
@@ -122,7 +184,8 @@ class AgentProcess:
             offsets[kind] += len(frame.data)
             read += len(frame.data)
             if read >= WINDOW // 2:
-                await self._tell(Kind.CREDIT, wire.fields([("bytes", read)]))
+                places = [("bytes", read), ("out", offsets[Kind.OUT]), ("err", offsets[Kind.ERR])]
+                await self._tell(Kind.CREDIT, wire.fields(places))
                 read = 0
 
     def _exit(self, frame: Frame) -> Exit:
@@ -153,6 +216,10 @@ class AgentProcess:
 
     async def resize(self, rows: int, columns: int) -> None:
         await self._tell(Kind.RESIZE, wire.fields([("tty", f"{rows},{columns}")]))
+
+    async def settle(self) -> None:
+        with suppress(AgentLost):
+            await self._agent.send(Kind.SETTLE, self._op)
 
     async def _tell(self, kind: Kind, data: bytes = b"") -> None:
         if not self._task.done():

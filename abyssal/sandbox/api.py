@@ -141,6 +141,7 @@ class Command:
         timeout: seconds after which all its processes are killed, also those that left its session.
         tty: rows and columns of a terminal; everything then arrives as stdout.
         keep: what it leaves running goes on after its end; otherwise that is killed.
+        name: by which a later edge finds it, where sandboxes outlive edges; empty where nobody will look for it.
     """
 
     argv: tuple[str, ...]
@@ -151,6 +152,7 @@ class Command:
     timeout: float | None = None
     tty: tuple[int, int] | None = None
     keep: bool = False
+    name: str = ""
 
 
 def shell(text: str) -> tuple[str, ...]:
@@ -458,16 +460,4 @@ class Restores(Protocol):
         Raises:
             Unsupported: the snapshot is another engine's.
             ImageError: the snapshot is missing or damaged.
-        """
-
-
-@runtime_checkable
-class Adopts(Protocol):
-    """An engine whose sandboxes outlive the process that began them."""
-
-    async def adopt(self, box_id: str, spec: Spec, folder: Path) -> Box:
-        """Take over a living sandbox that an earlier process of this host created with the same arguments.
-
-        Raises:
-            AgentLost: it lives no more.
         """

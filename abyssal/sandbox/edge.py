@@ -24,7 +24,7 @@ from typing import Any, Self
 from abyssal.base.files import write_bytes
 from abyssal.sandbox import held, shapes
 from abyssal.sandbox.admission import Admission, Capacity
-from abyssal.sandbox.api import Adopts, Duplex, Engine, Network, ProcessEvent, Spec
+from abyssal.sandbox.api import Duplex, Engine, Network, ProcessEvent, Spec
 from abyssal.sandbox.errors import (
     BadRequest,
     Divergence,
@@ -34,6 +34,8 @@ from abyssal.sandbox.errors import (
     Rejected,
 )
 from abyssal.sandbox.held import Sheet
+from abyssal.sandbox.keeping import Keeping
+from abyssal.sandbox.lasting import Adopts, Lasting
 from abyssal.sandbox.live import Live
 from abyssal.sandbox.log.blobs import Kept
 from abyssal.sandbox.log.reader import operations, read_log
@@ -92,6 +94,7 @@ class Edge:
         warm: Sequence[tuple[Spec, int]] = (),
         open_network: bool = False,
         name: str | None = None,
+        grace: float | None = None,
     ) -> Self:
         """Start, take over what lives, sweep what does not.
 
@@ -102,19 +105,26 @@ class Edge:
             warm: sandboxes to have ready, and how many of each.
             open_network: whether sandboxes may ask for the network mode "open".
             name: id for the edge of a new folder; None for a random one.
+            grace: seconds for which sandboxes outlive an edge that was killed, for the next one to take them over; None
+                has them end with it.
         Raises:
             Rejected: another edge runs on this folder.
         """
         home.mkdir(parents=True, exist_ok=True, mode=0o700)
         edge = cls(home, engines, capacity or Capacity(), warm, open_network, name)
-        await edge._take_over()
+        for engine in engines:
+            if isinstance(engine, Adopts):
+                engine.lasting = grace is not None
+        await edge._take_over(grace)
         edge._keeper = asyncio.create_task(edge._keep())
         edge.pool.fill()
         return edge
 
     # start and end
 
-    async def _take_over(self) -> None:
+    async def _take_over(self, grace: float | None) -> None:
+        keeping, handles = await Keeping.take(self._home, grace)
+        self._nursery.keeping = keeping
         for folder in sorted(self._boxes.iterdir()):
             if not (folder / held.FILE).exists():  # a warm box, or a creation that was cut
                 continue
@@ -122,7 +132,11 @@ class Edge:
             if sheet.status in ("gone", "expired"):
                 self._gone[sheet.id] = sheet
             elif sheet.status != "creating":  # nobody was told of such a one, so it is a leftover
-                self._enter(await self._nursery.again(sheet, folder))
+                self._enter(await self._nursery.again(sheet, folder, handles.pop(sheet.id, {})))
+        for name, left in handles.items():  # its end was not told to the keeper
+            for handle in left.values():
+                os.close(handle)
+            keeping.forget(name)
         alive = frozenset(name for name, live in self._live.items() if live.sheet.alive)
         for engine in self.placement.engines:
             self.swept += await engine.sweep(alive)
@@ -150,6 +164,7 @@ class Edge:
         """End what is due."""
         while True:
             await asyncio.sleep(TICK_S)
+            self._nursery.keeping.mend()
             now, mono = time.time(), time.monotonic()
             for live in list(self._live.values()):
                 why = live.due(now, mono)
@@ -164,9 +179,11 @@ class Edge:
         await self.pool.close()
         await asyncio.gather(*self._ending.values(), return_exceptions=True)
         for live in self._live.values():
-            if live.recorded.box is not None and not isinstance(live.engine, Adopts):
-                await live.recorded.box.stop()  # nobody could take it over
+            box = live.recorded.box
+            if box is not None and (isinstance(box, Lasting) or not isinstance(live.engine, Adopts)):
+                await box.stop()  # nobody could take it over
             await live.recorded.close()
+        await self._nursery.keeping.close()
         os.close(self._lock)
 
     # creation
@@ -215,6 +232,7 @@ class Edge:
 
     async def _finally(self, live: Live, record: str, actor: str, res: JSON | None) -> None:
         head = await live.end(record, actor, res)
+        self._nursery.keeping.drop(live.sheet.id)
         await asyncio.to_thread(self._keep_head, live.sheet.id, head)
         await live.change(status="expired" if record == "expire" else "gone", head=head)
         await self._nursery.remove(self._folders / live.sheet.id, live.folder / "snapshots")

@@ -16,7 +16,7 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from abyssal.base.files import sha256_of, write_aside, write_json
 from abyssal.sandbox.errors import ImageError, Unsupported
@@ -51,6 +51,16 @@ class Image:
     def layers(self) -> tuple[str, ...]:
         """All layers, lowest first."""
         return (*self.base, *self.workspace, *self.toolkit)
+
+
+def from_json(said: Mapping[str, Any]) -> Image:
+    """An image whose fields were written as JSON.
+
+    Raises:
+        ValueError, KeyError, TypeError: they are of another kind.
+    """
+    lists = {key: tuple(said[key]) for key in (*GROUPS, "binds", "scrubbed")}
+    return Image(**lists, env=dict(said["env"]), architecture=str(said["architecture"]))
 
 
 class Blocks:
@@ -91,9 +101,7 @@ class Store:
         """
         path = self._images / f"{_checked(name)}.json"
         try:
-            said = json.loads(path.read_text())
-            lists = {key: tuple(said[key]) for key in (*GROUPS, "binds", "scrubbed")}
-            image = Image(**lists, env=dict(said["env"]), architecture=str(said["architecture"]))
+            image = from_json(json.loads(path.read_text()))
         except FileNotFoundError as error:
             known = ", ".join(["host", *self.names()])
             raise ImageError(f"no image {name!r} on this host; there are: {known}") from error

@@ -38,6 +38,7 @@ class Live:
         key: of this host, for tags of secrets.
         fork: the edge's part in forks.
         permit: raises for network policies that the host does not permit.
+        lasting: whether the box outlives this edge.
     Attributes:
         newly_lost: whether it lived when the last edge saw it.
     """
@@ -52,6 +53,8 @@ class Live:
         key: bytes,
         fork: Fork,
         permit: Callable[[Network], None],
+        *,
+        lasting: bool = False,
     ):
         self.sheet, self.folder, self.engine = sheet, folder, engine
         self.newly_lost = False
@@ -61,7 +64,7 @@ class Live:
             "network": self._network, "ttl": self._ttl,
         }  # fmt: skip
         self._dialled = 0
-        self.recorded = Recorded(box, log, sheet.spec.limits, Hiding(key, secrets(folder)), extra)
+        self.recorded = Recorded(box, log, sheet.spec.limits, Hiding(key, secrets(folder)), extra, lasting=lasting)
         if isinstance(box, Networked):
             box.tell_denied(lambda denied: self._note("net.denied", shapes.plain(denied)))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import secrets
 import shutil
 import time
@@ -14,9 +15,11 @@ from typing import Any
 
 from abyssal.sandbox import shapes
 from abyssal.sandbox.admission import Admission
-from abyssal.sandbox.api import Adopts, Box, Engine, Network, Restores, Spec
+from abyssal.sandbox.api import Box, Engine, Network, Restores, Spec
 from abyssal.sandbox.errors import ImageError, SandboxError, Unsupported
 from abyssal.sandbox.held import Sheet
+from abyssal.sandbox.keeping import Keeping
+from abyssal.sandbox.lasting import Adopts, Lasting
 from abyssal.sandbox.live import Live, keep_secrets
 from abyssal.sandbox.log.writer import Log
 from abyssal.sandbox.operation import Asked
@@ -42,6 +45,7 @@ class Nursery:
         boxes: folder with a sheet, a log and snapshots for each sandbox.
         folders: folder with the folder of an engine for each.
         live: sandboxes whose logs are open.
+        keeping: holds them for the next edge; set by the edge.
         pool: of warm boxes.
     """
 
@@ -61,30 +65,50 @@ class Nursery:
         self.boxes.mkdir(exist_ok=True)
         self.folders.mkdir(exist_ok=True)
         self.live: dict[str, Live] = {}
+        self.keeping = Keeping(home, None)
         self.pool = WarmPool([(quiet(spec), count) for spec, count in warm], self._make_warm, self._drop_warm)
         self._starting: set[str] = set()
 
-    async def again(self, sheet: Sheet, folder: Path) -> Live:
-        """Take over a sandbox of an earlier edge, or open the log of one that lives no more."""
+    async def again(self, sheet: Sheet, folder: Path, handles: Mapping[str, int]) -> Live:
+        """Take over a sandbox of an earlier edge, or open the log of one that lives no more.
+
+        Args:
+            sheet, folder: what is kept of it.
+            handles: what leads to it, where that was held.
+        """
         log = await asyncio.to_thread(Log, folder / "log", sheet.id)
         box: Box | None = None
         why = sheet.why
-        engine = self._placement.engine(sheet.engine)
+        engine, lasting = self._placement.known(sheet.engine), False
         if sheet.alive:
             try:
                 if not isinstance(engine, Adopts):
-                    raise Unsupported(f"sandboxes of engine {engine.name} end with their edge")
-                box = await engine.adopt(sheet.id, sheet.spec, self.folders / sheet.id)
+                    raise Unsupported(f"sandboxes of engine {engine.name} end with their edge, or it is not offered")
+                place = self.folders / sheet.id
+                box = await engine.adopt(sheet.id, sheet.spec, place, handles, paused=sheet.status == "paused")
+                lasting = self._hold(engine, box)
                 await log.append("adopt")
-            except SandboxError as error:
+            except (SandboxError, OSError) as error:
                 why = str(error)
+        for handle in handles.values():
+            os.close(handle)
         if box is None and sheet.status != "lost":
             await log.append("agent.lost", res={"type": "AgentLost", "cause": "unknown", "message": why})
-        live = Live(sheet, folder, engine, box, log, self._key, self._fork, self._permit)
+        live = Live(sheet, folder, engine, box, log, self._key, self._fork, self._permit, lasting=lasting)
         if box is None:
+            self.keeping.forget(sheet.id)
             live.newly_lost = sheet.status != "lost"
             await live.change(status="lost", why=why)
         return live
+
+    def _hold(self, engine: Engine, box: Box) -> bool:
+        """Have it outlive this edge, where it can; returns whether it does."""
+        if not self.keeping.active or not isinstance(engine, Adopts) or engine.state is None:
+            return False
+        if isinstance(box, Lasting):
+            self.keeping.hold(box.id, engine.name, engine.state, box.handles())
+            return True
+        return False
 
     async def create(self, wanted: Wanted, asked: Asked, digest: str) -> Live:
         """Create a sandbox; nothing of it stays if that fails.
@@ -154,7 +178,8 @@ class Nursery:
         if sheet.parent is not None and "snapshot" in sheet.parent:
             log.add("restore", res={"snapshot": sheet.parent["snapshot"]})
         await log.append("ready", res=placed)
-        live = Live(sheet, folder, engine, box, log, self._key, self._fork, self._permit)
+        lasting = self._hold(engine, box)
+        live = Live(sheet, folder, engine, box, log, self._key, self._fork, self._permit, lasting=lasting)
         await live.change(status="running", placed=box.placed)
         self.live[sheet.id] = live
         return live

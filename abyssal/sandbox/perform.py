@@ -10,10 +10,12 @@ from typing import Any
 
 from abyssal.sandbox.api import Box, Command, Exit, Limits, Process, Stdout
 from abyssal.sandbox.errors import BadRequest, NotFound, Unsupported
+from abyssal.sandbox.lasting import Left, Settles
 from abyssal.sandbox.log.blobs import Kept, whole
-from abyssal.sandbox.log.hiding import Hiding
+from abyssal.sandbox.log.hiding import Hiding, HidingStream
 from abyssal.sandbox.log.output import Budget, Output
 from abyssal.sandbox.log.records import sha256
+from abyssal.sandbox.log.spill import STREAMS, Spill, name_of
 from abyssal.sandbox.log.writer import DISK, Log
 from abyssal.sandbox.operation import THROTTLE, Operation
 from abyssal.sandbox.shapes import plain
@@ -22,13 +24,20 @@ from abyssal.sandbox.shapes import plain
 READS = frozenset({"file.read", "file.list", "file.stat", "file.download"})
 READ_CAP = 16 << 20  # bytes that one read gives at most; who wants more asks again with an offset
 DONE: Mapping[str, Any] = {"state": "done"}
+SPILL = "running"  # below the log's folder
 
 
 class Performer:
-    """Runs operations on a box."""
+    """Runs operations on a box.
 
-    def __init__(self, box: Box, log: Log, limits: Limits, hiding: Hiding, budget: Budget):
+    Args:
+        box, log, limits, hiding, budget: of the sandbox.
+        lasting: whether commands outlive this edge.
+    """
+
+    def __init__(self, box: Box, log: Log, limits: Limits, hiding: Hiding, budget: Budget, *, lasting: bool = False):
         self._box, self._log, self._limits, self._hiding, self._budget = box, log, limits, hiding, budget
+        self._lasting = lasting
 
     async def perform(self, operation: Operation, req: Mapping[str, Any], data: bytes | None) -> Mapping[str, Any]:
         """Do it and return its result.
@@ -79,6 +88,7 @@ class Performer:
             argv=tuple(req["argv"]), cwd=req.get("cwd"), user=req.get("user"), env=req.get("env") or {},
             stdin=data is not None or bool(req.get("stdin")), timeout=req.get("timeout"),
             tty=None if tty is None else (tty[0], tty[1]), keep=bool(req.get("keep")),
+            name=name_of(operation.op_id) if self._lasting else "",
         )  # fmt: skip
         if tty is not None and "tty" not in self._box.features:
             raise Unsupported(f"engine {self._box.placed.engine} has no terminals")
@@ -89,12 +99,47 @@ class Performer:
         if tty is not None:
             self._log.add("tty.open", op_id=operation.op_id, res={"rows": tty[0], "columns": tty[1]})
         feeder = asyncio.create_task(_feed(process, data)) if data is not None else None
+        hiding = {name: self._hiding.stream() for name in STREAMS}
         try:
-            ended = await self._read(operation, process, outputs, tty is not None)
+            return await self._to_end(operation, process, outputs, hiding)
         finally:
             if feeder is not None:
                 feeder.cancel()
-        if tty is not None:
+
+    async def go_on(self, operation: Operation, left: Left) -> Mapping[str, Any]:
+        """Go on with a command that an earlier edge of this host began, behind the output that it kept."""
+        outputs = operation.listen(self._limits.output, self._budget)
+        hiding = {name: self._hiding.stream() for name in STREAMS}
+        kept = {name: self._spill(operation).read(name) for name in STREAMS}
+        begins = {"stdout": left.stdout, "stderr": left.stderr}
+        for name in STREAMS:
+            outputs[name].add(hiding[name].feed(kept[name]))
+            if (lost := begins[name] - len(kept[name])) > 0:
+                outputs[name].lose(lost)
+        operation.process = await left.join(len(kept["stdout"]), len(kept["stderr"]))
+        operation.started.set()
+        operation.grew()
+        return await self._to_end(operation, operation.process, outputs, hiding)
+
+    def _spill(self, operation: Operation) -> Spill:
+        return Spill(self._log.folder / SPILL, name_of(operation.op_id), self._limits.output)
+
+    async def settle(self, operation: Operation, process: Process | None) -> None:
+        """The result of a command is kept."""
+        if self._lasting and isinstance(process, Settles):
+            await process.settle()
+            self._spill(operation).remove()
+
+    async def _to_end(
+        self,
+        operation: Operation,
+        process: Process,
+        outputs: Mapping[str, Output],
+        hiding: Mapping[str, HidingStream],
+    ) -> Mapping[str, Any]:
+        terminal = operation.req.get("tty") is not None
+        ended = await self._read(operation, process, outputs, hiding, terminal=terminal)
+        if terminal:
             self._log.add("tty.close", op_id=operation.op_id)
         if ended.limit is not None:
             self._log.add("limit", op_id=operation.op_id, res={"limit": ended.limit})
@@ -107,9 +152,15 @@ class Performer:
         }  # fmt: skip
 
     async def _read(
-        self, operation: Operation, process: Process, outputs: Mapping[str, Output], terminal: bool
+        self,
+        operation: Operation,
+        process: Process,
+        outputs: Mapping[str, Output],
+        hiding: Mapping[str, HidingStream],
+        *,
+        terminal: bool,
     ) -> Exit:
-        hiding = {"stdout": self._hiding.stream(), "stderr": self._hiding.stream()}
+        spill = self._spill(operation) if self._lasting else None
         async for event in process.events():
             if isinstance(event, Exit):
                 for name, stream in hiding.items():
@@ -121,6 +172,8 @@ class Performer:
             outputs[name].add(shown)
             if terminal and shown and not outputs[name].over:  # durable before anybody sees it
                 await self._log.append("tty.out", op_id=operation.op_id, res={"data": _text(shown)})
+            if spill is not None:
+                spill.add(name, event.data)
             operation.grew()
             if outputs[name].over:
                 await asyncio.sleep(len(event.data) / THROTTLE)

@@ -9,7 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from abyssal.base.files import write_json
-from abyssal.sandbox.api import STRENGTH, Engine, Placed, Probe, Require, Spec
+from abyssal.sandbox.api import STRENGTH, Box, Engine, Feature, Placed, Probe, Require, Spec, Substrate
 from abyssal.sandbox.errors import Unsupported
 
 PROBE_S = 180.0  # a machine's first start unpacks a kernel and may be emulated
@@ -40,6 +40,10 @@ class Placement:
                 return engine
         known = ", ".join(engine.name for engine in self.engines) or "none"
         raise Unsupported(f"this host has no engine {name}: it has {known}")
+
+    def known(self, name: str) -> Engine:
+        """An engine by its name, or one that can do nothing in place of one that is offered no more."""
+        return next((engine for engine in self.engines if engine.name == name), Absent(name))
 
     async def probe(self, engine: Engine, *, again: bool = False) -> Probe:
         """What a trial start of an engine found, once per boot."""
@@ -77,6 +81,25 @@ class Placement:
             reasons.append(f"{engine.name}: {missing}")
         why = "; ".join(reasons) or f"this host has no engine for it{'' if name is None else f' called {name}'}"
         raise Unsupported(f"no {spec.substrate} can be run as required ({why})")
+
+
+class Absent:
+    """An engine that made sandboxes once and is offered no more; see `Engine`."""
+
+    substrates: tuple[Substrate, ...] = ()
+    features: frozenset[Feature] = frozenset()
+
+    def __init__(self, name: str):
+        self.name = name
+
+    async def probe(self) -> Probe:
+        return Probe(False, None, f"engine {self.name} is offered no more")
+
+    async def create(self, box_id: str, spec: Spec, folder: Path) -> Box:
+        raise Unsupported(f"engine {self.name} is offered no more")
+
+    async def sweep(self, alive: frozenset[str]) -> Sequence[str]:
+        return ()
 
 
 def unmet(placed: Placed, require: Require) -> str:

@@ -12,7 +12,9 @@ import asyncio
 import logging
 import secrets
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
+from contextlib import suppress
+from functools import partial
 from typing import Any
 
 from abyssal.base.errors import AbyssalError
@@ -26,10 +28,12 @@ from abyssal.sandbox.errors import (
     SandboxError,
     SandboxLost,
 )
+from abyssal.sandbox.lasting import Lasting, Left
 from abyssal.sandbox.log.blobs import whole
 from abyssal.sandbox.log.hiding import Hiding
 from abyssal.sandbox.log.output import Budget
 from abyssal.sandbox.log.records import Record, canonical, sha256
+from abyssal.sandbox.log.spill import name_of
 from abyssal.sandbox.log.writer import DISK, Log
 from abyssal.sandbox.operation import Asked, Operation
 from abyssal.sandbox.perform import READS, Performer
@@ -37,6 +41,7 @@ from abyssal.sandbox.shapes import error_json
 
 logger = logging.getLogger("abyssal.sandbox")
 Extra = Callable[[Operation], Awaitable[Mapping[str, Any]]]
+Work = Callable[[], Awaitable[Mapping[str, Any]]]
 
 
 class Recorded:
@@ -48,17 +53,25 @@ class Recorded:
         limits: how much output is kept.
         hiding: of its secrets.
         extra: operations that are the caller's business, such as fork, by name.
+        lasting: whether the box outlives this edge, and commands in it.
     Attributes:
         lost: why nobody answers in the sandbox any more, or None.
         active: when an operation last began or ended, on the monotonic clock.
     """
 
     def __init__(
-        self, box: Box | None, log: Log, limits: Limits, hiding: Hiding, extra: Mapping[str, Extra] | None = None
+        self,
+        box: Box | None,
+        log: Log,
+        limits: Limits,
+        hiding: Hiding,
+        extra: Mapping[str, Extra] | None = None,
+        *,
+        lasting: bool = False,
     ):
         self.box, self.log, self._hiding, self._extra = box, log, hiding, dict(extra or {})
         self.budget = Budget(limits.outputs)
-        self._performer = None if box is None else Performer(box, log, limits, hiding, self.budget)
+        self._performer = None if box is None else Performer(box, log, limits, hiding, self.budget, lasting=lasting)
         self._operations: dict[str, Operation] = {}
         self._places: dict[tuple[str, int], Operation] = {}
         self._tasks: set[asyncio.Task[None]] = set()
@@ -81,10 +94,47 @@ class Recorded:
                 self._operations[record.op_id].finish(res)
                 self._count(record.res)
                 open_ones.pop(record.op_id, None)
+        taken_over = self.box if self.log.records and isinstance(self.box, Lasting) else None
+        running: dict[str, Operation] = {}
         for operation in open_ones.values():
-            res = _unknown(operation.op_id)
-            self.log.add("op.result", op_id=operation.op_id, res=res)
-            operation.finish(res)
+            if taken_over is not None and operation.req["op"] == "exec":
+                running[name_of(operation.op_id)] = operation
+            else:
+                self._give_up(operation)
+        if taken_over is not None:
+            self._begin(self._take_up(taken_over, running))
+
+    def _give_up(self, operation: Operation) -> None:
+        res = _unknown(operation.op_id)
+        self.log.add("op.result", op_id=operation.op_id, res=res)
+        operation.finish(res)
+
+    async def _take_up(self, box: Lasting, running: Mapping[str, Operation]) -> None:
+        """Attach to commands that an earlier edge began; of those that are not there, nobody knows the outcome."""
+        found: dict[str, Left] = {}
+        with suppress(AgentLost, ValueError, KeyError):  # a guest may say anything
+            found = dict(await box.left())
+        for name, operation in running.items():
+            left = found.pop(name, None)
+            if left is None or self._performer is None:
+                self._give_up(operation)
+                continue
+            if operation.req.get("data") is not None and not left.fed:  # what it was to read died with the edge
+                self._give_up(operation)
+                await left.settle()
+                continue
+            intent = self.log.records[operation.seq]
+            work = partial(self._performer.go_on, operation, left)
+            self._begin(
+                self._carry(operation, intent, Asked(actor=intent.actor), partial(self._safely, operation, work))
+            )
+        for left in found.values():
+            await left.settle()
+
+    def _begin(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
 
     def _enter(self, operation: Operation, place: tuple[str, int] | None) -> None:
         self._operations[operation.op_id] = operation
@@ -148,9 +198,7 @@ class Recorded:
             operation.seq = intent.seq
         self._enter(operation, asked.place)
         self.active = time.monotonic()
-        task = asyncio.create_task(self._carry(operation, intent, asked, req, data))
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        self._begin(self._carry(operation, intent, asked, partial(self._perform, operation, req, data)))
         return operation, False
 
     def _known(self, asked: Asked) -> Operation | None:
@@ -176,20 +224,21 @@ class Recorded:
             res={**(res or {}), **place} or None,
         )  # fmt: skip
 
-    async def _carry(
-        self, operation: Operation, intent: Record | None, asked: Asked, req: Mapping[str, Any], data: bytes | None
-    ) -> None:
+    async def _carry(self, operation: Operation, intent: Record | None, asked: Asked, work: Work) -> None:
         try:
             if intent is not None:
                 await self.log.durable(intent)
-            res = await self._perform(operation, req, data)
+            res = await work()
             if intent is not None:
                 record = self.log.add("op.result", op_id=operation.op_id, actor=asked.actor, res=res)
             else:
-                record = self._note(req["op"], operation, asked, res)
+                record = self._note(operation.req["op"], operation, asked, res)
                 operation.seq = record.seq
             await self.log.durable(record)
+            process = operation.process
             operation.finish(res)
+            if self._performer is not None:
+                await self._performer.settle(operation, process)
         except LogError as error:  # what was not kept is not told
             operation.fail(error)
         except asyncio.CancelledError:
@@ -202,7 +251,7 @@ class Recorded:
             self.active = time.monotonic()
 
     async def _perform(self, operation: Operation, req: Mapping[str, Any], data: bytes | None) -> Mapping[str, Any]:
-        try:
+        async def work() -> Mapping[str, Any]:
             if req["op"] in self._extra:
                 return await self._extra[req["op"]](operation)
             if self._performer is None:
@@ -210,6 +259,13 @@ class Recorded:
             if "of" in req:
                 return await self._performer.feed(self.find(req["of"]), req, data)
             return await self._performer.perform(operation, req, data)
+
+        return await self._safely(operation, work)
+
+    async def _safely(self, operation: Operation, work: Work) -> Mapping[str, Any]:
+        """What it returns, or what went wrong as a result."""
+        try:
+            return await work()
         except LogError:
             raise
         except AgentLost as error:

@@ -20,6 +20,8 @@ READ_MOST = 262144
 STREAM_WINDOW = 65536  # bytes of a connection that may be on their way, in either direction
 STREAMS_MOST = 128  # connections at once
 GUEST_NUMBERS = 1 << 31  # from here on, numbers are given by the guest
+TOKEN_HEAD = b"\xff" * 4  # a length that no frame has: a token at the place of a frame is none
+TOKEN_SIZE, MARK_SIZE = 32, 8
 
 
 class Kind(IntEnum):
@@ -32,6 +34,8 @@ class Kind(IntEnum):
     SIGNAL = 5
     RESIZE = 6
     CREDIT = 7
+    SETTLE = 8
+    JOIN = 9
     READ = 16
     WRITE = 17
     CHUNK = 18
@@ -45,6 +49,7 @@ class Kind(IntEnum):
     ABORT = 26
     SYNC = 32
     BYE = 33
+    RUNNING = 34
     LISTEN = 40
     CONNECT = 41
     SEND = 42
@@ -61,6 +66,7 @@ class Kind(IntEnum):
     OK = 71
     FAIL = 72
     LISTED = 73
+    OPERATION = 74
     ACCEPTED = 80
     RECEIVED = 81
     FINISHED = 82

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import json
+import multiprocessing
+import os
+import signal
 from collections.abc import Sequence
+from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import Any, Self
 
 from abyssal.sandbox.edge import Edge
-from abyssal.sandbox.engines.process import ProcessEngine
+from abyssal.sandbox.engines.registry import installed
 from abyssal.sandbox.errors import OutcomeUnknown
 from abyssal.sandbox.http.client import HttpService
 from abyssal.sandbox.http.run import serve, unix_socket
@@ -17,14 +22,52 @@ from abyssal.sandbox.hub import Sandboxes
 from abyssal.sandbox.sandbox import Sandbox
 
 SOCKET = "edge.sock"
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(["tests.sandbox.crash_parts"])
 
 
-def server(home: Path) -> None:
+def server(home: Path, engine: str = "process", grace: float | None = None) -> None:
     async def work() -> None:
-        edge = await Edge.open(home, [ProcessEngine(allow_unsafe=True)])
+        engines = installed(home / "engines", allow_unsafe=True, names=[engine])
+        edge = await Edge.open(home, engines, grace=grace)
         await serve(edge, unix_socket(home / SOCKET))
 
     asyncio.run(work())
+
+
+class Host:
+    """An edge as a process that is killed and begun again, on a unix socket."""
+
+    def __init__(self, home: Path, engine: str = "process", grace: float | None = None):
+        self.home, self._arguments = home, (home, engine, grace)
+        self._process: BaseProcess | None = None
+
+    def begin(self) -> None:
+        self._process = CONTEXT.Process(target=server, args=self._arguments)
+        self._process.start()
+
+    def kill(self, number: int = signal.SIGKILL) -> None:
+        assert self._process is not None and self._process.pid is not None
+        os.kill(self._process.pid, number)
+        self._process.join(30)
+        assert self._process.exitcode is not None
+
+    def connect(self) -> Sandboxes:
+        """To be entered; it waits for the edge, and again after each end of it."""
+        return Sandboxes(None, opener=self._open)
+
+    async def _open(self) -> HttpService:
+        return HttpService("http://edge", socket=self.home / SOCKET, reconnect=60)
+
+    def __enter__(self) -> Self:
+        self.begin()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._process is not None and self._process.is_alive():
+            self.kill(signal.SIGTERM)
 
 
 def client(home: Path, program: Sequence[str], out: Path) -> None:

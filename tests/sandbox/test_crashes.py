@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import shutil
 import tempfile
@@ -20,8 +19,7 @@ from hypothesis.stateful import RuleBasedStateMachine, precondition, rule
 from abyssal.sandbox.log.reader import operations, read_log
 from tests.sandbox import crash_parts
 
-CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["tests.sandbox.crash_parts"])
+CONTEXT = crash_parts.CONTEXT
 TRAJECTORIES = int(os.environ.get("CRASH_TRAJECTORIES", "30"))  # each takes about a second
 SOME = st.integers(0, 250)
 

@@ -114,7 +114,7 @@ def test_e2b(served: Served) -> None:
 
 @pytest.mark.parametrize("engine", ["runc", "bwrap"])
 def test_a_killed_server_takes_its_containers_with_it_and_says_so(engine: str, home: Path) -> None:
-    """What had ended is answered from the log, what had begun is unknown, what is new meets `SandboxLost`."""
+    """Where they are not to outlive it: what had ended is answered from the log, what had begun is unknown."""
 
     async def work(server: Served) -> None:
         async with Sandboxes.connect(server.url) as hub:
@@ -136,7 +136,7 @@ def test_a_killed_server_takes_its_containers_with_it_and_says_so(engine: str, h
             with pytest.raises(SandboxLost):
                 await again.run("echo c")
 
-    with Served(home, engine=engine) as server:
+    with Served(home, "--grace", "0", engine=engine) as server:
         works(server)
         run(work(server))
 

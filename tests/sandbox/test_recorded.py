@@ -34,7 +34,7 @@ async def opened(
     """A box and its log, new or once more."""
     engine, inside = ProcessEngine(allow_unsafe=True), folder / "box"
     if inside.exists():
-        box = await engine.adopt("b1", SPEC, inside)
+        box = await engine.adopt("b1", SPEC, inside, {}, paused=False)
     else:
         inside.mkdir(parents=True)
         box = await engine.create("b1", SPEC, inside)

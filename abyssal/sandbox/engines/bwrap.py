@@ -15,7 +15,7 @@ import shutil
 import socket
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -37,16 +37,18 @@ from abyssal.sandbox.engines.bundle import (
 )
 from abyssal.sandbox.engines.bundle import remove as bundle_remove
 from abyssal.sandbox.engines.container import ContainerBox, connected
+from abyssal.sandbox.engines.first import First
+from abyssal.sandbox.engines.joining import Joining, new_token
 from abyssal.sandbox.engines.placing import check, whole
 from abyssal.sandbox.engines.watchdog import watch
-from abyssal.sandbox.errors import ImageError, Unsupported
+from abyssal.sandbox.errors import AgentLost, ImageError, Unsupported
 from abyssal.sandbox.guest import build
 from abyssal.sandbox.host import mounts, seccomp
 from abyssal.sandbox.host.cgroups import Group
 from abyssal.sandbox.host.hierarchies import Hierarchies
 from abyssal.sandbox.host_image import fill, programs
 
-START_S = 20.0
+START_S, END_S = 20.0, 2.0
 WRITABLE = {"work": 0o755, "home/user": 0o755, "var/tmp": 0o777}
 FEATURES: frozenset[Feature] = frozenset({"files", "stdin", "tty", "background", "snapshot", "network", "ports"})
 ALWAYS = ("disk-soft", "one user only", "outside of /work, the home and temporary folders nothing can be written")
@@ -64,6 +66,7 @@ class BwrapEngine:
 
     def __init__(self, state: Path):
         self.state = state
+        self.lasting = False
         self._root: tuple[Path, tuple[str, ...]] | None = None
         self._is_root = os.geteuid() == 0
         self._hierarchies = Hierarchies.find()
@@ -106,47 +109,71 @@ class BwrapEngine:
     async def _create(self, box_id: str, spec: Spec, folder: Path) -> Box:
         root, binds = await asyncio.to_thread(self._host_root)
         owner = FIRST_OWNER + secrets.randbelow(RANGES) if self._is_root else os.geteuid()
-        upper, place = folder / "upper", RUN / box_id if self._is_root else folder
+        place = RUN / box_id if self._is_root else folder
         group: Group | None = None
         child: asyncio.subprocess.Process | None = None
         agent: Agent | None = None
-        dog: asyncio.Task[None] | None = None
-
-        async def end() -> None:
-            if dog is not None:
-                dog.cancel()
-            if child is not None:
-                with suppress(TimeoutError):
-                    async with asyncio.timeout(2):
-                        await child.wait()
-                if child.returncode is None:
-                    child.kill()
-                    await child.wait()
-            if group is not None:
-                await asyncio.to_thread(group.remove)
-            await asyncio.to_thread(_remove, folder, RUN / box_id)
-
         try:
             await asyncio.to_thread(self._own, box_id, folder, owner)
             if not self._soft:
                 group = Group.create(box_id, spec.limits, self._hierarchies)
             cores = (group.cores() if group else None) or math.ceil(spec.limits.cpu)
             child, agent = await self._launch(self._command(spec, place, root, binds, cores), folder, owner)
+            first = First.below(child.pid)
             if group is not None:
-                await asyncio.to_thread(_enter, group, child.pid)
-            await agent.hello(Hello(HOSTNAME, spec.user, spec.cwd, spec.env, machine_id=""), START_S)
+                group.add(first.pid)
+            token = new_token()
+            hello = Hello(HOSTNAME, spec.user, spec.cwd, spec.env, machine_id="", token=token)
+            await agent.hello(hello, START_S)
+            if self.lasting:
+                Joining(token.hex(), hello.env, {"first": [first.pid, first.began]}).write(folder)
         except BaseException:
             if child is not None and child.returncode is None:
                 child.kill()
-            await end()
+                await child.wait()
+            if group is not None:
+                await asyncio.to_thread(group.remove)
+            await asyncio.to_thread(_remove, folder, RUN / box_id)
             if agent is not None:
                 await agent.close()
             raise
-        box = ContainerBox(
-            box_id, self.placed, self.features, agent, folder, upper, group, end, None, USERS["user"].uid
-        )
-        dog = asyncio.create_task(watch(child.pid, upper, spec.limits, box.ended_by, memory=group is None))
-        return await connected(box, spec.network)
+        return await connected(self._box(box_id, spec, folder, group, agent, first, child), spec.network)
+
+    async def adopt(self, box_id: str, spec: Spec, folder: Path, handles: Mapping[str, int], *, paused: bool) -> Box:
+        known = await asyncio.to_thread(Joining.read, box_id, folder)
+        first = First(*known.more["first"])
+        if not first.lives:
+            raise AgentLost("killed", f"sandbox {box_id} has ended")
+        group = None if self._soft else await asyncio.to_thread(Group.left, box_id)
+        hello = Hello(HOSTNAME, spec.user, spec.cwd, known.env, machine_id="", token=bytes.fromhex(known.token))
+        agent = await known.again(folder, handles, hello)
+        return await self._box(box_id, spec, folder, group, agent, first).taken_over(spec.network, paused=paused)
+
+    def _box(
+        self,
+        box_id: str,
+        spec: Spec,
+        folder: Path,
+        group: Group | None,
+        agent: Agent,
+        first: First,
+        child: asyncio.subprocess.Process | None = None,
+    ) -> ContainerBox:
+        async def end() -> None:
+            dog.cancel()
+            await first.gone(END_S)
+            if group is not None:
+                await asyncio.to_thread(group.remove)
+            else:
+                first.kill()
+            if child is not None:
+                await child.wait()
+            await asyncio.to_thread(_remove, folder, RUN / box_id)
+
+        upper, uid = folder / "upper", USERS["user"].uid
+        box = ContainerBox(box_id, self.placed, self.features, agent, folder, upper, group, end, None, uid)
+        dog = asyncio.create_task(watch(first.pid, upper, spec.limits, box.ended_by, memory=group is None))
+        return box
 
     def _host_root(self) -> tuple[Path, tuple[str, ...]]:
         """The root that all boxes share, read-only; made once, until the folder that it lies in is emptied."""
@@ -192,7 +219,9 @@ class BwrapEngine:
         shown += ["--ro-bind", str(agent), AGENT]
         shown += ["--ro-bind", str(cores_folder(place, cores)), "/sys", "--remount-ro", "/run"]
         apart = ["--unshare-all", "--unshare-user", "--disable-userns", "--uid", str(user.uid), "--gid", str(user.gid)]
-        apart += ["--hostname", HOSTNAME, "--die-with-parent", "--new-session", "--as-pid-1", "--cap-drop", "ALL"]
+        apart += ["--hostname", HOSTNAME, "--new-session", "--as-pid-1", "--cap-drop", "ALL"]
+        if not self.lasting:
+            apart.append("--die-with-parent")
         return [*bounds, "bwrap", *apart, *shown, "--clearenv", "--chdir", "/"]
 
     async def _launch(
@@ -250,13 +279,6 @@ def _masks() -> list[str]:
 
 def _some_cores(count: int) -> str:
     return ",".join(map(str, sorted(os.sched_getaffinity(0))[:count]))
-
-
-def _enter(group: Group, pid: int) -> None:
-    """bwrap and the agent below it; nothing else runs yet."""
-    for path in Path(f"/proc/{pid}/task").glob("*/children"):
-        for child in path.read_text().split():
-            group.add(int(child))
 
 
 def _remove(folder: Path, place: Path) -> None:

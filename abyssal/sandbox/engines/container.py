@@ -13,12 +13,14 @@ from abyssal.sandbox.agent import Agent
 from abyssal.sandbox.agent_files import AgentFiles
 from abyssal.sandbox.api import Box, Command, Feature, Files, Network, Placed, Process, Usage
 from abyssal.sandbox.engines.bundle import SCRUBBED
-from abyssal.sandbox.errors import Cause, Unsupported
+from abyssal.sandbox.engines.joining import AGENT
+from abyssal.sandbox.errors import Cause, Timeout, Unsupported
 from abyssal.sandbox.host.cgroups import Group
 from abyssal.sandbox.image import pack
+from abyssal.sandbox.lasting import Left
 from abyssal.sandbox.network.egress import Egress, OverAgent
 
-STOP_S = 5.0
+ANSWER_S = 20.0
 
 
 class ContainerBox(OverAgent):
@@ -42,6 +44,9 @@ class ContainerBox(OverAgent):
         self._agent, self._folder, self._upper, self._group = agent, folder, upper, group
         self._end, self._copy, self._owner = end, copy, owner
         self._egress = Egress(agent, agent.greeting.env)
+        self._joining: Network | None = None
+        self._here = asyncio.Event()
+        self._here.set()
         self._stopped = False
         self._ended_by: Cause | None = None
         agent.cause = self._cause
@@ -59,7 +64,47 @@ class ContainerBox(OverAgent):
             return "killed"
         return "oom" if self._group is not None and self._group.oom_kills() else "unknown"
 
+    def handles(self) -> Mapping[str, int]:
+        return {AGENT: self._agent.descriptor}
+
+    async def left(self) -> Mapping[str, Left]:
+        await self._here.wait()
+        return dict(await agent_process.left(self._agent))
+
+    async def taken_over(self, network: Network, *, paused: bool) -> ContainerBox:
+        """Have the agent of a dead edge's box again, and its network; where it is paused, once it goes on.
+
+        Raises:
+            AgentLost, Timeout: it does not answer; what is left of it is for a sweep.
+        """
+        self._joining = network
+        self._here.clear()
+        try:
+            if self._group is not None:  # it may have died in the middle of the other
+                await asyncio.to_thread(self._group.freeze if paused else self._group.thaw)
+            if not paused:
+                await self._join()
+        except BaseException:
+            await self._agent.close()
+            raise
+        return self
+
+    async def _join(self) -> None:
+        if self._joining is None:
+            return
+        try:
+            async with asyncio.timeout(ANSWER_S):
+                if await self._agent.first() is None:
+                    raise self._agent.why_lost()
+        except TimeoutError:
+            raise Timeout(f"the agent of sandbox {self.id} did not answer within {ANSWER_S:g} s") from None
+        finally:
+            self._here.set()
+        network, self._joining = self._joining, None
+        await self._egress.set(network)
+
     async def start(self, command: Command) -> Process:
+        await self._here.wait()
         env = self._egress.environment(command.env)
         return await agent_process.start(self._agent, replace(command, env=env))
 
@@ -71,6 +116,7 @@ class ContainerBox(OverAgent):
     async def resume(self) -> None:
         if self._group is not None:
             await asyncio.to_thread(self._group.thaw)
+        await self._join()
 
     async def snapshot(self, folder: Path, *, memory: bool = False) -> Mapping[str, str]:
         if memory:
@@ -111,6 +157,7 @@ class ContainerBox(OverAgent):
         if self._stopped:
             return
         self._stopped = True
+        self._here.set()
         await self._egress.close()
         await self._agent.bye()
         await self._end()

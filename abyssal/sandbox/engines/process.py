@@ -139,6 +139,7 @@ class ProcessEngine:
     features = FEATURES
 
     def __init__(self, *, allow_unsafe: bool = False):
+        self.lasting, self.state = True, None
         if not allow_unsafe:
             raise Unsupported("engine process isolates nothing: give allow_unsafe=True, for tests only")
 
@@ -164,7 +165,9 @@ class ProcessEngine:
             await asyncio.to_thread(tar.extractall, folder, filter="tar")
         return box
 
-    async def adopt(self, box_id: str, spec: Spec, folder: Path) -> ProcessBox:
+    async def adopt(
+        self, box_id: str, spec: Spec, folder: Path, handles: Mapping[str, int], *, paused: bool
+    ) -> ProcessBox:
         if not (folder / "work").is_dir():
             raise AgentLost("unknown", f"the folder of sandbox {box_id} is gone")
         kill_marked(MARK, box_id, signal.SIGKILL)  # their pipes ended with the process that held them

@@ -9,9 +9,9 @@ import shutil
 import socket
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from abyssal.base.errors import AbyssalError
@@ -21,12 +21,13 @@ from abyssal.sandbox.api import Boundary, Box, Command, Exit, Feature, Placed, P
 from abyssal.sandbox.engines import bundle
 from abyssal.sandbox.engines.bundle import RUN, Root
 from abyssal.sandbox.engines.container import ContainerBox, connected
+from abyssal.sandbox.engines.joining import Joining, new_token
 from abyssal.sandbox.engines.placing import check, whole
-from abyssal.sandbox.errors import ImageError, Timeout
+from abyssal.sandbox.errors import AgentLost, ImageError, Timeout
 from abyssal.sandbox.host.cgroups import Group
 from abyssal.sandbox.host.hierarchies import Hierarchies
 from abyssal.sandbox.host_image import host_image
-from abyssal.sandbox.image import Image, Store
+from abyssal.sandbox.image import Image, Store, from_json
 
 START_S = 20.0
 
@@ -50,6 +51,7 @@ class RuncEngine:
 
     def __init__(self, state: Path):
         self.state = state
+        self.lasting = False
         self.store = Store(state)
         self._host: Image | None = None
         self._hierarchies = Hierarchies.find()
@@ -109,14 +111,33 @@ class RuncEngine:
             settings = bundle.config(spec, root, image, program, cores, group.path, filtered=self.filtered)
             (folder / "config.json").write_text(json.dumps(settings))
             agent = await self._launch(box_id, folder, group)
-            env = {**image.env, **spec.env}
-            await agent.hello(Hello(bundle.HOSTNAME, spec.user, spec.cwd, env), START_S)
+            token = new_token()
+            hello = Hello(bundle.HOSTNAME, spec.user, spec.cwd, {**image.env, **spec.env}, token=token)
+            await agent.hello(hello, START_S)
+            if self.lasting:
+                Joining(token.hex(), hello.env, {"image": asdict(image)}).write(folder)
         except BaseException:
             await self._end(box_id, folder, group)
             if agent is not None:
                 await agent.close()
             raise
 
+        return await connected(self._box(box_id, spec, folder, image, root.upper, group, agent), spec.network)
+
+    async def adopt(self, box_id: str, spec: Spec, folder: Path, handles: Mapping[str, int], *, paused: bool) -> Box:
+        known = await asyncio.to_thread(Joining.read, box_id, folder)
+        group = await asyncio.to_thread(Group.left, box_id)
+        if not group.folders():
+            raise AgentLost("killed", f"the control group of sandbox {box_id} is gone")
+        image = from_json(known.more["image"])
+        hello = Hello(bundle.HOSTNAME, spec.user, spec.cwd, known.env, token=bytes.fromhex(known.token))
+        agent = await known.again(folder, handles, hello)
+        upper = Root(folder, RUN / box_id, 0).upper
+        return await self._box(box_id, spec, folder, image, upper, group, agent).taken_over(spec.network, paused=paused)
+
+    def _box(
+        self, box_id: str, spec: Spec, folder: Path, image: Image, upper: Path, group: Group, agent: Agent
+    ) -> ContainerBox:
         async def end() -> None:
             await self._end(box_id, folder, group)
 
@@ -126,8 +147,7 @@ class RuncEngine:
             new_folder.mkdir(exist_ok=True)
             return await self._create(new_id, spec, new_folder, grown)
 
-        box = ContainerBox(box_id, self.placed, self.features, agent, folder, root.upper, group, end, copy)
-        return await connected(box, spec.network)
+        return ContainerBox(box_id, self.placed, self.features, agent, folder, upper, group, end, copy)
 
     def within(self, group: Group) -> list[str]:
         """What comes before the runtime's command line; runc puts the container into its group by itself."""

@@ -71,6 +71,7 @@ static void end_connections(const char *seed) {
 
 static void hello(const struct frame *f) {
   end_connections(field(f, "seed", ""));
+  channel_token(field(f, "token", ""));
   if (getpid() == 1) identity(f); /* else this is not a sandbox of its own, but a test on somebody's machine */
   base.uid = (uid_t)number(f, "uid", base.uid);
   base.gid = (gid_t)number(f, "gid", base.gid);
@@ -97,7 +98,9 @@ static void handle(const struct frame *f) {
   switch (f->type) {
     case HELLO: hello(f); break;
     case EXEC: process_start(f); break;
-    case STDIN: case END_OF_INPUT: case SIGNAL: case RESIZE: case CREDIT: process_frame(f); break;
+    case STDIN: case END_OF_INPUT: case SIGNAL: case RESIZE: case CREDIT: case SETTLE: case JOIN: case RUNNING:
+      process_frame(f);
+      break;
     case READ: case WRITE: case CHUNK: case CLOSE: case STAT: case LIST: case MKDIR: case MOVE: case REMOVE:
     case LINK: case ABORT: files_frame(f); break;
     case LISTEN: case CONNECT: case SEND: case FINISH: case GRANT: case DROP: streams_frame(f); break;
@@ -105,6 +108,16 @@ static void handle(const struct frame *f) {
     case BYE: bye = true; break;
     default: send_fail(f->op, ENOSYS, "frame");
   }
+}
+
+/* Whether another host has taken over; connections and transfers were the old one's, commands are the sandbox's. */
+static bool renewed(void) {
+  if (!channel_renewed()) return false;
+  streams_end();
+  files_renew();
+  process_renew();
+  ready(0);
+  return true;
 }
 
 static void loop(void) {
@@ -133,10 +146,12 @@ static void loop(void) {
       if (!base.machine) return;
       usleep(5000); /* nobody holds the other end of the port now; somebody will again */
     }
-    for (struct frame f; !bye && channel_next(&f);) {
-      handle(&f);
-      if (queued() > QUEUE_HIGH) flush_all();
-    }
+    do {
+      for (struct frame f; !bye && channel_next(&f);) {
+        handle(&f);
+        if (queued() > QUEUE_HIGH) flush_all();
+      }
+    } while (renewed());
     if (bye) return;
   }
 }

@@ -24,13 +24,13 @@
 #define QUEUE_HIGH (1u << 20)
 
 enum { /* host to guest */
-  HELLO = 1, EXEC, STDIN, END_OF_INPUT, SIGNAL, RESIZE, CREDIT,
+  HELLO = 1, EXEC, STDIN, END_OF_INPUT, SIGNAL, RESIZE, CREDIT, SETTLE, JOIN,
   READ = 16, WRITE, CHUNK, CLOSE, STAT, LIST, MKDIR, MOVE, REMOVE, LINK, ABORT,
-  SYNC = 32, BYE,
+  SYNC = 32, BYE, RUNNING,
   LISTEN = 40, CONNECT, SEND, FINISH, GRANT, DROP,
 };
 enum { /* guest to host */
-  READY = 64, STARTED, OUT, ERR, EXITED, TOOK, DATA, OK, FAIL, LISTED,
+  READY = 64, STARTED, OUT, ERR, EXITED, TOOK, DATA, OK, FAIL, LISTED, OPERATION,
   ACCEPTED = 80, RECEIVED, FINISHED, TAKEN, DROPPED,
 };
 
@@ -51,6 +51,8 @@ short channel_events(bool out);
 int channel_in(void), channel_out(void);
 bool channel_read(void);   /* false at the end of the stream */
 bool channel_next(struct frame *f);
+void channel_token(const char *hex); /* by which a host that comes later is known */
+bool channel_renewed(void);          /* once: another host has come, nothing is on its way to it */
 void channel_write(void);
 size_t queued(void);
 void send_frame(int type, uint32_t op, const void *data, size_t size);
@@ -63,6 +65,7 @@ extern struct base { uid_t uid; gid_t gid; char *cwd; char **env; bool machine; 
 long long now_ms(void);
 void process_start(const struct frame *f);
 void process_frame(const struct frame *f);
+void process_renew(void);           /* another host has come: it asks for those that it knows */
 size_t process_poll(struct pollfd *into, size_t room); /* how many were filled in */
 void process_ready(const struct pollfd *from, size_t count);
 int process_step(void); /* what timers want done; milliseconds until it is called again, -1 for when something comes */
@@ -76,6 +79,7 @@ void kill_everything(void);
 
 /* files.c */
 void files_frame(const struct frame *f);
+void files_renew(void); /* what was being written is given up */
 int make_folders(const char *path, unsigned mode); /* 0 or errno; of folders that are missing */
 char *absolute(const char *path);
 void files_act(bool as_base); /* take the identity that file operations have, or the agent's again */

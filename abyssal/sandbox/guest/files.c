@@ -348,3 +348,9 @@ void files_frame(const struct frame *f) {
   files_act(false);
   free(path);
 }
+
+void files_renew(void) {
+  files_act(true);
+  while (writings) end_writing(writings);
+  files_act(false);
+}

@@ -1,5 +1,9 @@
 /* Frames both ways: u32 length (little endian, of what follows), u8 type, u32 op, payload. Payloads are bytes, or
- * fields "key=value" that end in NUL. */
+ * fields "key=value" that end in NUL.
+ *
+ * A host may die in the middle of a frame, and another take over the stream. It says so by a token that the first one
+ * gave, which no program here can know, and a mark of its own: what was incomplete before them is dropped, and what
+ * follows the same two on the way back is for the new one. */
 #define _GNU_SOURCE
 #include "agent.h"
 
@@ -13,6 +17,13 @@
 static int in_fd = -1, out_fd = -1;
 static struct bytes incoming, outgoing;
 static size_t taken, sent;
+
+#define TOKEN 32u /* bytes; it begins with a length that no frame has */
+#define MARK 8u
+#define NOWHERE ((size_t)-1)
+static char token[TOKEN];
+static bool known, renewed;
+static size_t token_at = NOWHERE; /* in `incoming` */
 
 void *must(void *memory) {
   if (!memory) {
@@ -81,8 +92,31 @@ int channel_in(void) { return in_fd; }
 int channel_out(void) { return out_fd; }
 size_t queued(void) { return outgoing.size - sent; }
 
+void channel_token(const char *hex) {
+  if (strlen(hex) != 2 * TOKEN) return;
+  for (size_t i = 0; i < TOKEN; i++) {
+    unsigned value;
+    if (sscanf(hex + 2 * i, "%2x", &value) != 1) return;
+    token[i] = (char)value;
+  }
+  known = true;
+}
+
+static void look_for_token(size_t from) {
+  if (!known || token_at != NOWHERE || from >= incoming.size) return;
+  const char *at = memmem(incoming.at + from, incoming.size - from, token, TOKEN);
+  if (at) token_at = (size_t)(at - incoming.at);
+}
+
+bool channel_renewed(void) {
+  bool was = renewed;
+  renewed = false;
+  return was;
+}
+
 bool channel_read(void) {
   if (taken) {
+    if (token_at != NOWHERE) token_at -= taken;
     memmove(incoming.at, incoming.at + taken, incoming.size - taken);
     incoming.size -= taken;
     taken = 0;
@@ -93,7 +127,9 @@ bool channel_read(void) {
   }
   ssize_t got = read(in_fd, incoming.at + incoming.size, incoming.room - incoming.size);
   if (got < 0) return errno == EAGAIN || errno == EINTR;
+  size_t before = incoming.size;
   incoming.size += (size_t)got;
+  look_for_token(before < TOKEN ? 0 : before - TOKEN + 1);
   return got > 0;
 }
 
@@ -102,17 +138,37 @@ static uint32_t word(const char *at) {
   return (uint32_t)b[0] | (uint32_t)b[1] << 8 | (uint32_t)b[2] << 16 | (uint32_t)b[3] << 24;
 }
 
+/* A new host's token and mark, behind whatever the old one left incomplete. */
+static void renew(void) {
+  if (token_at == NOWHERE || incoming.size - token_at < TOKEN + MARK) return;
+  const char *mark = incoming.at + token_at + TOKEN;
+  outgoing.size = sent = 0;
+  append(&outgoing, token, TOKEN);
+  append(&outgoing, mark, MARK);
+  taken = token_at + TOKEN + MARK;
+  token_at = NOWHERE;
+  renewed = true;
+  look_for_token(taken);
+}
+
 bool channel_next(struct frame *f) {
-  size_t left = incoming.size - taken;
+  size_t left = (token_at == NOWHERE ? incoming.size : token_at) - taken;
   const char *at = incoming.at + taken;
-  if (left < 4) return false;
+  if (left < 4) {
+    renew();
+    return false;
+  }
   uint32_t size = word(at);
+  if (size == word(token) && known && left < TOKEN) return false; /* the rest of a token is on its way */
   if (size < 5 || size > FRAME_MAX) {
     fprintf(stderr, "agent: a frame of %u bytes\n", size);
     kill_everything();
     _exit(71);
   }
-  if (left < 4 + (size_t)size) return false;
+  if (left < 4 + (size_t)size) {
+    renew();
+    return false;
+  }
   *f = (struct frame){(uint8_t)at[4], word(at + 5), at + 9, size - 5};
   taken += 4 + (size_t)size;
   return true;
@@ -169,7 +225,7 @@ void flush_all(void) {
   while (queued()) {
     struct pollfd p = {out_fd, POLLOUT, 0};
     if (poll(&p, 1, -1) < 0 && errno != EINTR) return;
-    if (p.revents & (POLLERR | POLLNVAL)) return;
+    if (p.revents & (POLLERR | POLLNVAL) || (p.revents & POLLHUP && !base.machine)) return;
     channel_write();
   }
 }

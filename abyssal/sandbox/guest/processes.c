@@ -1,6 +1,6 @@
 /* Commands. The agent forks a supervisor for each, the supervisor the program; the agent itself holds the ends of the
  * pipes and moves the bytes. Output is read only as far as the host has given credit, so a slow reader slows the
- * program down. */
+ * program down. A command with a name outlives its host: the next one finds it, and all output that was not read. */
 #define _GNU_SOURCE
 #include "agent.h"
 
@@ -21,6 +21,7 @@
 #include <unistd.h>
 
 struct report { enum { BEGUN, REFUSED, ENDED } kind; int value, what; long long cpu_ms, peak; };
+#define STDIN_WINDOW 65536u /* bytes of input that may be on their way */
 static const char *const WHAT[] = {"process", "cwd", "user", "program"};
 enum { AT_PROCESS, AT_CWD, AT_USER, AT_PROGRAM };
 
@@ -31,6 +32,11 @@ struct op {
   int reports, out, err, in; /* -1 where closed; for a terminal, out and in are the same descriptor */
   struct bytes input;
   bool tty, keep, input_ends, begun, ended, told, killing, timed_out;
+  bool away;              /* its host died, and the next has not asked for it yet */
+  char *name;             /* kept, with what the host has not read, until the host has settled it; or NULL */
+  struct bytes unread[2]; /* of out and err */
+  long long from[2];      /* bytes before these */
+  long long before;       /* a number of the host's */
   long long credit, begin, deadline, kill_begin;
   int status;
   long long cpu_ms, peak;
@@ -259,6 +265,15 @@ static bool connect_op(struct op *o, struct plan *p, const struct frame *f, int 
   return (p->stdio[0] = open("/dev/null", O_RDONLY | O_CLOEXEC)) >= 0;
 }
 
+static void forget(struct op *o) {
+  free(o->name);
+  o->name = NULL;
+  for (int i = 0; i < 2; i++) {
+    free(o->unread[i].at);
+    o->unread[i] = (struct bytes){0};
+  }
+}
+
 static void drop_op(struct op *o) {
   for (struct op **at = &ops; *at; at = &(*at)->next)
     if (*at == o) {
@@ -271,6 +286,7 @@ static void drop_op(struct op *o) {
   shut(&o->reports);
   group_remove(o->id);
   free(o->input.at);
+  forget(o);
   free(o);
 }
 
@@ -292,6 +308,8 @@ void process_start(const struct frame *f) {
   *o = (struct op){.next = ops, .id = f->op, .reports = -1, .out = -1, .err = -1, .in = -1, .begin = now_ms()};
   ops = o;
   o->keep = number(f, "keep", 0) != 0;
+  if (*field(f, "name", "")) o->name = must(strdup(field(f, "name", "")));
+  o->before = number(f, "before", 0);
   o->credit = number(f, "window", 0);
   long long timeout = number(f, "timeout_ms", 0);
   o->deadline = timeout > 0 ? o->begin + timeout : 0;
@@ -322,7 +340,7 @@ void process_start(const struct frame *f) {
 
 static void took(struct op *o, size_t size) {
   struct bytes b = {0};
-  if (!size || o->told) return;
+  if (!size || o->told || o->away) return;
   put_number(&b, "bytes", (long long)size);
   send_fields(TOOK, o->id, &b);
 }
@@ -353,9 +371,68 @@ static void begin_kill(struct op *o) {
   o->killing = true;
 }
 
+static void exited(struct op *o);
+
+/* Up to here the host has read. */
+static void was_read(struct op *o, const struct frame *f) {
+  static const char *const names[] = {"out", "err"};
+  for (int i = 0; i < 2; i++) {
+    struct bytes *b = &o->unread[i];
+    long long done = number(f, names[i], 0) - o->from[i];
+    if (done <= 0) continue;
+    if (done > (long long)b->size) done = (long long)b->size;
+    memmove(b->at, b->at + done, b->size - (size_t)done);
+    b->size -= (size_t)done;
+    o->from[i] += done;
+  }
+}
+
+/* What the new host has not read, then on as before. */
+static void join(struct op *o, const struct frame *f) {
+  o->away = false;
+  was_read(o, f);
+  o->credit = number(f, "window", 0) - (long long)(o->unread[0].size + o->unread[1].size);
+  for (int i = 0; i < 2; i++)
+    for (size_t at = 0; at < o->unread[i].size; at += PIECE) {
+      size_t left = o->unread[i].size - at;
+      send_frame(i ? ERR : OUT, o->id, o->unread[i].at + at, left < PIECE ? left : PIECE);
+    }
+  if (o->told) exited(o);
+  else if (o->input.size < STDIN_WINDOW) took(o, STDIN_WINDOW - o->input.size);
+}
+
+static void list_ops(uint32_t op) {
+  for (struct op *o = ops; o; o = o->next) {
+    struct bytes b = {0};
+    if (!o->name) continue;
+    put_number(&b, "id", o->id);
+    put(&b, "name", o->name);
+    put_number(&b, "pid", o->pid);
+    put_number(&b, "begun", o->begun);
+    put_number(&b, "before", o->before);
+    put_number(&b, "out", o->from[0]);
+    put_number(&b, "err", o->from[1]);
+    put_number(&b, "fed", o->input_ends);
+    send_fields(OPERATION, op, &b);
+  }
+  send_frame(OK, op, "", 0);
+}
+
+void process_renew(void) {
+  for (struct op *o = ops; o; o = o->next) {
+    if (o->name) o->away = true;
+    else o->told = true; /* nobody knows it any more; what it writes goes nowhere */
+  }
+}
+
 void process_frame(const struct frame *f) {
   struct op *o = ops;
-  while (o && (o->id != f->op || o->told)) o = o->next;
+  bool of_ended = f->type == SETTLE || f->type == JOIN;
+  if (f->type == RUNNING) {
+    list_ops(f->op);
+    return;
+  }
+  while (o && (o->id != f->op || (of_ended ? !o->name : o->told))) o = o->next;
   if (!o) return; /* it has ended meanwhile */
   struct winsize w = {0};
   int sign, rows, columns;
@@ -381,7 +458,13 @@ void process_frame(const struct frame *f) {
       break;
     case CREDIT:
       o->credit += number(f, "bytes", 0);
+      was_read(o, f);
       break;
+    case SETTLE:
+      forget(o);
+      o->told = true;
+      break;
+    case JOIN: join(o, f); break;
   }
 }
 
@@ -417,6 +500,7 @@ static bool pump(struct op *o, int *fd, int type) {
   }
   if (o->told) return true;
   o->credit -= n;
+  if (o->name) append(&o->unread[type == ERR], piece, (size_t)n);
   send_frame(type, o->id, piece, (size_t)n);
   return true;
 }
@@ -426,7 +510,7 @@ static void begun(struct op *o, pid_t pid) {
   o->begun = true;
   o->pid = pid;
   put_number(&b, "pid", pid);
-  send_fields(STARTED, o->id, &b);
+  send_fields(STARTED, o->id, &b); /* to a host that has died, it says nothing: the next one asks */
 }
 
 static void reported(struct op *o) {
@@ -438,6 +522,7 @@ static void reported(struct op *o) {
       begun(o, r.value);
     } else if (r.kind == REFUSED) {
       send_fail(o->id, r.value, WHAT[r.what]);
+      forget(o);
       o->told = o->ended = true;
     } else {
       o->ended = true;
@@ -450,7 +535,7 @@ static void reported(struct op *o) {
 size_t process_poll(struct pollfd *into, size_t room) {
   size_t count = 0;
   for (struct op *o = ops; o && count + 4 <= room; o = o->next) {
-    bool open = o->begun && queued() < QUEUE_HIGH && (o->credit > 0 || o->told);
+    bool open = o->begun && !o->away && queued() < QUEUE_HIGH && (o->credit > 0 || o->told);
     if (o->reports >= 0 && o->supervisor) into[count++] = (struct pollfd){o->reports, POLLIN, 0};
     if (open && o->out >= 0) into[count++] = (struct pollfd){o->out, POLLIN, 0};
     if (open && o->err >= 0) into[count++] = (struct pollfd){o->err, POLLIN, 0};
@@ -469,6 +554,7 @@ void process_ready(const struct pollfd *from, size_t count) {
   for (struct op *o = ops; o; o = o->next) {
     reported(o);
     if (happened(from, count, o->in, POLLOUT)) feed(o);
+    if (o->away) continue;
     if (happened(from, count, o->out, POLLIN)) pump(o, &o->out, OUT);
     if (happened(from, count, o->err, POLLIN)) pump(o, &o->err, ERR);
   }
@@ -522,8 +608,8 @@ int process_step(void) {
       if (!alive && now - o->kill_begin > 1000) kill(o->supervisor, SIGKILL); /* somebody stopped it */
       wait = 2;
     }
-    if (o->ended && !o->told && (o->keep || !o->supervisor) && !strangers && drained(o)) exited(o);
-    if (o->told && !o->supervisor && (!o->keep || (o->out < 0 && o->err < 0))) drop_op(o);
+    if (o->ended && !o->told && !o->away && (o->keep || !o->supervisor) && !strangers && drained(o)) exited(o);
+    if (o->told && !o->name && !o->supervisor && (!o->keep || (o->out < 0 && o->err < 0))) drop_op(o);
   }
   return wait;
 }

@@ -22,6 +22,7 @@ SOCKET = "edge.sock"
 NOTES = "edge.log"
 START_S = 30.0
 LINGER_S = 60.0
+GRACE_S = 60.0  # for which sandboxes wait for the next edge when one was killed
 _PROGRAM = "from abyssal.sandbox.http.daemon import main; main()"
 
 
@@ -111,5 +112,5 @@ async def _serve(folder: Path, unsafe: bool) -> None:
     from abyssal.sandbox.engines.registry import installed
     from abyssal.sandbox.http.run import serve, unix_socket
 
-    edge = await Edge.open(folder, installed(folder / "engines", allow_unsafe=unsafe))
+    edge = await Edge.open(folder, installed(folder / "engines", allow_unsafe=unsafe), grace=GRACE_S)
     await serve(edge, unix_socket(folder / SOCKET), linger=LINGER_S)

@@ -57,6 +57,12 @@ class Output:
         if len(self._tail) > 2 * self._keep + 65536:
             self._trim()
 
+    def lose(self, count: int) -> None:
+        """Bytes that came and were not seen: the end that is kept is what follows them."""
+        self.total += count
+        self._cap = min(self._cap, max(self._granted, 1))
+        self._tail.clear()
+
     @property
     def _keep(self) -> int:
         return max(self._cap - len(self._head), 0)
