@@ -95,9 +95,14 @@ class Keeping:
         """Begin another keeper where ours has ended, and give it all."""
         if self._keeper is None:
             return
-        with suppress(BlockingIOError):
-            if not self._keeper.recv(MESSAGE, socket.MSG_DONTWAIT | socket.MSG_PEEK):
-                self._restart()
+        try:
+            ended = not self._keeper.recv(MESSAGE, socket.MSG_DONTWAIT | socket.MSG_PEEK)
+        except BlockingIOError:
+            return
+        except ConnectionError:
+            ended = True
+        if ended:
+            self._restart()
 
     async def close(self) -> None:
         """Let it end; what it still holds ends too."""
