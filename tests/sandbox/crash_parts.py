@@ -14,8 +14,10 @@ from types import TracebackType
 from typing import Any, Self
 
 from abyssal.sandbox.edge import Edge
+from abyssal.sandbox.engines import bwrap, gvisor, pool, process, qemu_microvm, qemu_vm, runc, wasm  # noqa: F401  for the forkserver
 from abyssal.sandbox.engines.registry import installed
-from abyssal.sandbox.errors import OutcomeUnknown
+from abyssal.sandbox.errors import AgentLost, OutcomeUnknown, SandboxLost
+from abyssal.sandbox.http import server as _  # noqa: F401
 from abyssal.sandbox.http.client import HttpService
 from abyssal.sandbox.http.run import serve, unix_socket
 from abyssal.sandbox.hub import Sandboxes
@@ -26,9 +28,9 @@ CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["tests.sandbox.crash_parts"])
 
 
-def server(home: Path, engine: str = "process", grace: float | None = None) -> None:
+def server(home: Path, engine: str = "process", grace: float | None = None, state: Path | None = None) -> None:
     async def work() -> None:
-        engines = installed(home / "engines", allow_unsafe=True, names=[engine])
+        engines = installed(state or home / "engines", allow_unsafe=True, names=[engine])
         edge = await Edge.open(home, engines, grace=grace)
         await serve(edge, unix_socket(home / SOCKET))
 
@@ -84,6 +86,8 @@ def client(home: Path, program: Sequence[str], out: Path) -> None:
                 except OutcomeUnknown as error:
                     await sb.resolve(error.op_id, state="done", exit_code=0)
                     told = "unknown"
+                except (AgentLost, SandboxLost):
+                    told = "lost"
                 notes.write(json.dumps([step, told]) + "\n")
                 notes.flush()
         await service.close()
