@@ -8,20 +8,16 @@ are swept.
 from __future__ import annotations
 
 import asyncio
-import fcntl
 import hashlib
-import json
 import logging
 import os
-import secrets
 import shutil
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
-from abyssal.base.files import write_bytes
 from abyssal.sandbox import held, shapes
 from abyssal.sandbox.admission import Admission, Capacity
 from abyssal.sandbox.api import Duplex, Engine, Network, ProcessEvent, Spec
@@ -31,9 +27,9 @@ from abyssal.sandbox.errors import (
     Expired,
     NotFound,
     PolicyDenied,
-    Rejected,
 )
 from abyssal.sandbox.held import Sheet
+from abyssal.sandbox.home import Home
 from abyssal.sandbox.keeping import Keeping
 from abyssal.sandbox.lasting import Adopts, Lasting
 from abyssal.sandbox.live import Live
@@ -67,13 +63,11 @@ class Edge:
         open_network: bool,
         name: str | None = None,
     ):
-        self._home, self._open_network = home, open_network
-        self._lock = _lock(home / "lock")
-        self.id = _once(home / "edge.id", lambda: (name or secrets.token_hex(4)).encode()).decode()
-        self._key = _once(home / "log.key", lambda: secrets.token_bytes(32))
+        self._home, self._open_network = Home(home, name), open_network
+        self.id = self._home.id
         self.placement = Placement(engines, home / "probes.json")
         self.admission = Admission(capacity)
-        self._nursery = Nursery(self.id, home, self._key, self.placement, self.admission, warm, self._permit)
+        self._nursery = Nursery(self.id, home, self._home.key, self.placement, self.admission, warm, self._permit)
         self.pool, self._live = self._nursery.pool, self._nursery.live
         self._boxes, self._folders = self._nursery.boxes, self._nursery.folders
         self._gone: dict[str, Sheet] = {}
@@ -123,7 +117,7 @@ class Edge:
     # start and end
 
     async def _take_over(self, grace: float | None) -> None:
-        keeping, handles = await Keeping.take(self._home, grace)
+        keeping, handles = await Keeping.take(self._home.folder, grace)
         self._nursery.keeping = keeping
         for folder in sorted(self._boxes.iterdir()):
             if not (folder / held.FILE).exists():  # a warm box, or a creation that was cut
@@ -184,7 +178,7 @@ class Edge:
                 await box.stop()  # nobody could take it over
             await live.recorded.close()
         await self._nursery.keeping.close()
-        os.close(self._lock)
+        self._home.close()
 
     # creation
 
@@ -233,7 +227,7 @@ class Edge:
     async def _finally(self, live: Live, record: str, actor: str, res: JSON | None) -> None:
         head = await live.end(record, actor, res)
         self._nursery.keeping.drop(live.sheet.id)
-        await asyncio.to_thread(self._keep_head, live.sheet.id, head)
+        await asyncio.to_thread(self._home.keep_head, live.sheet.id, head)
         await live.change(status="expired" if record == "expire" else "gone", head=head)
         await self._nursery.remove(self._folders / live.sheet.id, live.folder / "snapshots")
         self._gone[live.sheet.id] = live.sheet
@@ -242,12 +236,6 @@ class Edge:
         if live.sheet.op_id is not None:
             self._created.pop(live.sheet.op_id, None)
         self.admission.leave(live.sheet.spec)
-
-    def _keep_head(self, sandbox: str, head: str) -> None:
-        with open(self._home / "heads.jsonl", "a", encoding="ascii") as file:
-            file.write(json.dumps({"sandbox": sandbox, "head": head}) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
 
     def _find(self, sandbox: str) -> Live:
         if sandbox in self._live:
@@ -343,7 +331,7 @@ class Edge:
     @property
     def token_key(self) -> bytes:
         """A key for tokens of sandboxes."""
-        return hashlib.sha256(b"tokens" + self._key).digest()
+        return hashlib.sha256(b"tokens" + self._home.key).digest()
 
     async def resolve(self, sandbox: str, op_id: str, res: JSON, actor: str = "local") -> None:
         await self._find(sandbox).recorded.resolve(op_id, res, actor)
@@ -399,21 +387,3 @@ async def _ready(live: Live) -> Live:
 def _logged(task: asyncio.Task[None]) -> None:
     if not task.cancelled() and task.exception() is not None:
         logger.error("a sandbox could not be ended", exc_info=task.exception())
-
-
-def _lock(path: Path) -> int:
-    handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        os.close(handle)
-        raise Rejected(f"another edge runs on {path.parent}: speak to it, or take another folder") from None
-    return handle
-
-
-def _once(path: Path, make: Any) -> bytes:
-    """What a file holds, made if missing."""
-    if not path.exists():
-        write_bytes(path, make())
-        path.chmod(0o600)
-    return path.read_bytes()

@@ -183,8 +183,8 @@ class Sandboxes:
         self._created[sandbox.id] = sandbox
 
     def hold(self, forward: Forward) -> None:
-        """Close it when the hub is left."""
-        self._forwards.append(forward)
+        """Close it when the hub is left, unless it was closed before."""
+        self._forwards = [each for each in self._forwards if not each.closed] + [forward]
 
     def release(self, sandbox: Sandbox) -> None:
         """Do not."""

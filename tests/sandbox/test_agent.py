@@ -14,12 +14,13 @@ from pathlib import Path
 
 import pytest
 
-from abyssal.sandbox import wire
+from abyssal.sandbox import agent_process, wire
 from abyssal.sandbox.agent import Agent, Hello
 from abyssal.sandbox.agent_files import AgentFiles
 from abyssal.sandbox.agent_process import start
-from abyssal.sandbox.api import Command, shell
+from abyssal.sandbox.api import Command, Exit, Stdout, shell
 from abyssal.sandbox.conformance.bench import collect
+from abyssal.sandbox.engines.joining import new_token
 from abyssal.sandbox.errors import AgentLost
 from abyssal.sandbox.guest import build
 from abyssal.sandbox.wire import Decoder, Frame, Kind
@@ -135,6 +136,50 @@ def test_a_very_deep_folder_is_removed(program: Path, tmp_path: Path) -> None:
         assert list(tmp_path.iterdir()) == []
 
     inside(program, tmp_path, work)
+
+
+def test_another_host_goes_on_wherever_the_first_one_died(program: Path, tmp_path: Path) -> None:
+    """In the middle of a frame, with output unread: nothing incomplete is done, and no output is lost or doubled."""
+
+    async def whole() -> None:
+        hello = Hello("guest", user="root", cwd=str(tmp_path), token=new_token())
+        async with guest(program, tmp_path) as (first, _, _):
+            await first.hello(hello, 10)
+            lines = "i=0; while [ $i -lt 60000 ]; do echo $i; i=$((i+1)); done; exit 5"
+            process = await start(first, Command(shell(lines), name="lines"))
+            await start(first, Command(shell("sleep 0.1; echo x >> other")))
+            await AgentFiles(first).write("whole", b"w")
+            op, _ = first.begin()
+            await first.send(Kind.WRITE, op, wire.fields([("path", "half")]))
+            events = process.events()
+            read = [await anext(events) for _ in range(3)]
+            seen = b"".join(event.data for event in read if isinstance(event, Stdout))
+            frame = wire.encode(Kind.EXEC, 99, wire.fields([("arg", "touch"), ("arg", "never")]))
+            agent = first
+            for number, cut in enumerate((0, 1, 3, 4, 8, 9, 20, len(frame) - 1)):
+                stream = socket.socket(fileno=os.dup(agent.descriptor))
+                stream.send(frame[:cut])
+                await agent.close()
+                agent = await Agent.rejoin(stream, hello, (number + 1) << 20)
+                assert await agent.first()
+                left = await agent_process.left(agent)
+                assert [*left] == ["lines"]
+            joined = await left["lines"].join(len(seen), 0)
+            async for event in joined.events():
+                if isinstance(event, Stdout):
+                    assert event.offset == len(seen)
+                    seen += event.data
+                elif isinstance(event, Exit):
+                    assert event.code == 5
+            assert seen == b"".join(b"%d\n" % number for number in range(60000))
+            assert [*await agent_process.left(agent)] == ["lines"]  # until it is settled
+            await joined.settle()
+            assert not await agent_process.left(agent)
+            assert sorted(path.name for path in tmp_path.iterdir()) == ["other", "whole"]
+            await agent.bye()
+            await agent.close()
+
+    asyncio.run(asyncio.wait_for(whole(), 60))
 
 
 def test_the_decoder_takes_frames_in_any_pieces() -> None:

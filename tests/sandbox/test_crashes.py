@@ -167,7 +167,7 @@ class RealCrashes(Crashes):
     def guest_dies(self, after: int) -> None:
         client = self.begin_client()
         time.sleep(after / 1000)
-        for folder in (self.home / "live").iterdir():
+        for folder in (self.home / "live").glob("*"):
             with suppress(OSError, ValueError):  # it is being made, or has been swept
                 os.kill(self.first(folder), signal.SIGKILL)
         client.join(60)

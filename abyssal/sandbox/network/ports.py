@@ -64,6 +64,11 @@ class Forward:
         """As `host:port`."""
         return f"{self.host}:{self.port}"
 
+    @property
+    def closed(self) -> bool:
+        """Whether it listens no more."""
+        return not self._server.is_serving() and not self._carrying
+
     async def close(self) -> None:
         """Stop listening and end its connections; a second time does nothing."""
         self._server.close()

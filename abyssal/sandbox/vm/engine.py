@@ -18,12 +18,13 @@ from contextlib import asynccontextmanager
 from functools import cached_property
 from pathlib import Path
 
+from abyssal.base.errors import AbyssalError
 from abyssal.base.files import write_folder
 from abyssal.sandbox import packages
 from abyssal.sandbox.api import Accel, Boundary, Feature, Limits, Placed, Probe, Spec, Substrate
 from abyssal.sandbox.engines.bundle import claimed
 from abyssal.sandbox.engines.placing import check
-from abyssal.sandbox.errors import AgentLost, SandboxError, Timeout, Unsupported
+from abyssal.sandbox.errors import AgentLost, Timeout, Unsupported
 from abyssal.sandbox.guest import build
 from abyssal.sandbox.host.cgroups import Group
 from abyssal.sandbox.host.hierarchies import Hierarchies
@@ -81,7 +82,7 @@ class MachineEngine:
                 box = await self.create(f"probe-{self.name}-{time.time_ns()}", spec, folder)
                 took = time.monotonic() - begin
                 await box.stop()
-        except SandboxError as error:
+        except (AbyssalError, OSError) as error:
             return Probe(False, None, f"no guest answered: {error}", packages.remedy(self.name))
         return Probe(True, box.placed, f"a guest answered after {took:.1f} s; {(await self._accel()).why}")
 
