@@ -451,3 +451,20 @@ def test_unknown_outcomes_reach_the_sdk(tmp_path: Path) -> None:
             assert (await again.run("cat f")).text == "x\n"
 
     run(work())
+
+
+def test_an_engine_that_is_offered_no_more_loses_its_sandboxes_and_no_others(tmp_path: Path) -> None:
+    async def work() -> None:
+        async with opened(tmp_path) as edge, Sandboxes(edge) as hub:
+            sb = await hub.create("container")
+            await sb.run("echo kept")
+            sb.detach()
+        edge = await Edge.open(tmp_path, [])
+        assert edge.lost == [sb.id] and "not offered" in (await edge.info(sb.id))["why"]
+        again = await Sandboxes(edge).attach(sb.id, stream="main")
+        assert (await again.run("echo kept")).text == "kept\n"
+        with pytest.raises(SandboxLost):
+            await again.run("echo more")
+        await edge.close()
+
+    run(work())

@@ -341,3 +341,16 @@ def test_scan_of_nothing_and_of_noise() -> None:
     (fault,) = scan(b"this is no log at all")
     assert isinstance(fault, Fault)
     assert fault.kind == "damaged"
+
+
+@pytest.mark.parametrize("before", [10, 100, 1000])
+def test_output_with_a_gap_has_its_beginning_its_end_and_its_size(before: int) -> None:
+    output = Output(100, Budget(1000))
+    output.add(bytes(range(before % 256)) if before < 256 else b"b" * before)
+    begin = output.read(0)[1][:10]
+    output.lose(500)
+    output.add(b"e" * 20)
+    kept = output.kept()
+    assert (kept.total, kept.truncated) == (before + 520, True)
+    assert kept.data[: kept.head].startswith(begin) and kept.data[kept.head :] == b"e" * 20
+    assert output.read(before + 505) == (before + 505, b"e" * 15)

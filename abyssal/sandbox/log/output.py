@@ -33,12 +33,13 @@ class Output:
         self._head = bytearray()
         self._tail = bytearray()
         self._granted = 0
+        self._gap = False
         self.total = 0
 
     @property
     def over(self) -> bool:
         """Whether the middle is being dropped."""
-        return self.total > self._cap
+        return self._gap or self.total > self._cap
 
     def add(self, data: bytes) -> None:
         """Bytes that came."""
@@ -49,7 +50,7 @@ class Output:
             self._granted += granted
             if granted < wanted:  # from here on as if this were the cap
                 self._cap = max(self._granted, min(FLOOR, self._cap))
-        room = self._cap - self._cap // 2 - len(self._head)
+        room = 0 if self._gap else self._cap - self._cap // 2 - len(self._head)
         if room > 0:
             self._head += data[:room]
             data = data[room:]
@@ -60,7 +61,7 @@ class Output:
     def lose(self, count: int) -> None:
         """Bytes that came and were not seen: the end that is kept is what follows them."""
         self.total += count
-        self._cap = min(self._cap, max(self._granted, 1))
+        self._gap = True
         self._tail.clear()
 
     @property
