@@ -129,10 +129,11 @@ class Crashes(RuleBasedStateMachine):
         found.check()
         asked = [tuple(entry["place"]) for entry in operations(found.records)]
         assert len(asked) == len(set(asked)), "an operation was entered twice"
-        work = self.home / "live" / folder.name / self.work
-        if not work.exists():  # its guest died, and an edge has found that out and swept
+        box = self.home / "live" / folder.name
+        if not box.exists():  # its guest died, and an edge has found that out and swept
             assert any(record.kind == "agent.lost" for record in found.records)
             return
+        work = box / self.work  # not there where nothing was written
         for name, ops in (("f", ("append", "slow", "two")), ("g", ("two",))):
             path = work / name
             lines = [int(line) for line in path.read_text().splitlines()] if path.exists() else []
