@@ -238,10 +238,12 @@ class Edge:
         self.admission.leave(live.sheet.spec)
 
     def _find(self, sandbox: str) -> Live:
-        if sandbox in self._live:
-            return self._live[sandbox]
-        if sandbox in self._gone:
-            if self._gone[sandbox].status == "expired":
+        live = self._live.get(sandbox)
+        ended = self._gone.get(sandbox) if live is None else live.sheet
+        if live is not None and live.sheet.status not in ("gone", "expired"):
+            return live
+        if ended is not None:
+            if ended.status == "expired":
                 raise Expired(f"the time of sandbox {sandbox} has passed: its log is kept")
             raise NotFound(f"sandbox {sandbox} was stopped: its log is kept")
         raise NotFound(f"no sandbox {sandbox} on edge {self.id}")

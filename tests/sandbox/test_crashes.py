@@ -6,6 +6,7 @@ With engine `process`, commands die with the server; real engines are for `-m bo
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
 import shutil
@@ -153,7 +154,10 @@ class RealCrashes(Crashes):
     prepared: ClassVar[dict[str, Path]] = {}  # state folders, by engine: what is built is the same in each example
 
     def __init__(self) -> None:
-        self.state = self.prepared.setdefault(self.engine, Path(tempfile.mkdtemp(prefix="crash-state")))
+        if self.engine not in self.prepared:
+            self.prepared[self.engine] = Path(tempfile.mkdtemp(prefix="crash-state"))
+            atexit.register(shutil.rmtree, self.prepared[self.engine], ignore_errors=True)
+        self.state = self.prepared[self.engine]
         super().__init__()
         probes = self.state / "probes.json"
         if probes.exists():
