@@ -182,6 +182,9 @@ class RealCrashes(Crashes):
     def end_server(self) -> None:
         """In good order, as whatever is left of a sandbox now would be left for ever."""
         assert self.server is not None and self.server.pid is not None and self.state is not None
+        if not self.program:  # nobody has waited for it to be there, and it has nothing
+            self.kill(self.server)
+            return
         boxes = [path.name for path in (self.home / "boxes").iterdir()]
         os.kill(self.server.pid, signal.SIGTERM)
         self.server.join(30)
