@@ -141,8 +141,7 @@ class Agent:
         """
         mark = secrets.token_bytes(wire.MARK_SIZE)
         reader, writer = await asyncio.open_connection(sock=stream)
-        agent = cls(reader, writer, first, hello.token + mark)
-        agent._hello = hello
+        agent = cls(reader, writer, first, hello, behind=hello.token + mark)
         writer.write(hello.token + mark)  # nobody waits for it to be read: the sandbox may be paused
         return agent
 
