@@ -91,7 +91,7 @@ def _nano() -> ModelConfig:
         q_lora_rank=128,
         o_groups=4,  # of 96 columns; transformers misreads the scales of two, whose 192 are one and a half blocks
         o_lora_rank=128,
-        sliding_window=64,
+        sliding_window=128,  # as Flash: with 64, arguments of tool calls lie beyond it
         compress_ratios=(0, 4, 128, 4, 128, 4, 0),
         index_n_heads=16,
         index_head_dim=64,
