@@ -7,7 +7,6 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
@@ -15,6 +14,7 @@ from abyssal.sandbox.api import MIB, Limits
 from abyssal.sandbox.errors import Rejected, Unsupported
 from abyssal.sandbox.host.cgroups import Group
 from abyssal.sandbox.host.hierarchies import Hierarchies
+from tests.sandbox.traces import GROUPS, named
 
 # in the group itself: it must outlive what it kills
 JOINS = """
@@ -86,7 +86,7 @@ def test_a_group_of_the_dead_is_found_wherever_they_were(group: Group) -> None:
     assert left.pids() == [int(done.stdout)] and Group(name, Hierarchies.find()).pids() == []
     assert len(left.folders()) == len(group.folders())
     left.remove()
-    assert not list(Path("/sys/fs/cgroup").glob(f"**/{name}"))
+    assert named(GROUPS, name) == []
 
 
 def test_our_own_process_is_never_of_a_group(group: Group) -> None:
