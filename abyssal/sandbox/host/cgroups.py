@@ -195,7 +195,7 @@ class Group:
         self.kill(timeout)
         end = time.monotonic() + timeout
         for folder in self.folders():
-            for inner in sorted(folder.glob("**/"), reverse=True):
+            for inner in [Path(path) for path, _, _ in os.walk(folder, topdown=False)]:
                 while inner.is_dir():
                     try:
                         inner.rmdir()

@@ -58,7 +58,10 @@ class Hierarchies:
         v1: dict[Controller, Path] = {}
         v2: Path | None = None
         for point, _, controllers in _mounted(proc):
-            for place in Path(point).glob(f"**/{PARENT}/{group}"):
+            for folder, folders, _ in os.walk(point):  # other groups come and go meanwhile, where glob would raise
+                place = Path(folder, PARENT, group)
+                if PARENT not in folders or not place.is_dir():
+                    continue
                 if controllers is None:
                     v2 = place.parents[1]
                 else:
