@@ -11,7 +11,6 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -19,6 +18,7 @@ import torch
 
 from abyssal.cli.models import bundled_folder
 from abyssal.encoding.tokenizer import Tokenizer
+from tests.cli.program import abyssal
 
 INSPECT_KEYS = {
     "tensors", "bytes", "parameters", "active_parameters", "context", "kv_bytes_per_token", "kv_bytes",
@@ -29,16 +29,6 @@ GENERATE_KEYS = {
     "cache_reason", "first_token_s", "prefill_tokens_per_s", "decode_tokens_per_s", "drafted_tokens",
     "accepted_tokens",
 }  # fmt: skip
-
-
-def abyssal(*arguments: str | Path, code: int = 0, **options: Any) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-c", "from abyssal.cli.main import main; main()", *map(str, arguments)]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=250, check=False, **options)
-    assert result.returncode == code, result.stdout + result.stderr
-    if code == 2 and "Usage" not in result.stderr:
-        assert result.stderr.startswith("abyssal: ") and result.stderr.count("\n") == 1, result.stderr
-        assert not result.stdout
-    return result
 
 
 def test_inspect_presets_and_folders() -> None:

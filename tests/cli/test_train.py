@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from abyssal.train.recipe import names
-from tests.cli.test_commands import abyssal
+from tests.cli.program import abyssal
 from tests.train.small import MODEL
 
 RECIPE = f"""{MODEL}vocab_size = 64
