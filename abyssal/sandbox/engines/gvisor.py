@@ -130,7 +130,7 @@ class GvisorEngine(RuncEngine):
             return None
 
     def _tried_with(self) -> list[str]:
-        return [BOOT.read_text().strip(), self.release, bundle.reachable_agent(self.state).name]
+        return [BOOT.read_text().strip(), self.program, self.release, bundle.reachable_agent(self.state).name]
 
     async def _try_memory(self) -> None:
         self._fault, self.features = "", FEATURES
@@ -173,25 +173,27 @@ class GvisorEngine(RuncEngine):
             into: folder for the checkpoint.
             meanwhile: done while the box stands still.
         Raises:
-            AgentLost: the box ended and did not go on.
+            ImageError, Timeout: no checkpoint was written; the box may have ended of it.
+            AgentLost: the box did not go on.
         """
         theirs = stream.others(ends)
         try:
             last = self.names(box_id)[-1]
+            after = _name(box_id, int(last.split(".")[-2]) + 1)  # the last is free when its parent has waited for it
+            await self._checkpoint(last, into, group)
+            await asyncio.to_thread(group.kill)  # the last of what stood around it
             try:
-                await self._checkpoint(last, into)
-                await asyncio.to_thread(group.kill)  # the last of what stood around it
+                await asyncio.to_thread(meanwhile)
+            finally:
                 try:
-                    await asyncio.to_thread(meanwhile)
-                finally:
-                    await self._restart(_next(box_id, last), folder, group, theirs, into)
-            except SandboxError as error:
-                await asyncio.to_thread(group.kill)
-                raise AgentLost("unknown", f"the sandbox ended while its memory was kept: {error}") from error
+                    await self._restart(after, folder, group, theirs, into)
+                except SandboxError as error:
+                    await asyncio.to_thread(group.kill)
+                    raise AgentLost("unknown", f"the sandbox did not go on from its checkpoint: {error}") from error
         finally:
             theirs.close()
 
-    async def _checkpoint(self, name: str, into: Path) -> None:
+    async def _checkpoint(self, name: str, into: Path, group: Group) -> None:
         command = self.command(name, "checkpoint", "--image-path", str(into))
         runtime = await asyncio.create_subprocess_exec(
             *command,
@@ -205,6 +207,7 @@ class GvisorEngine(RuncEngine):
                 _, said = await runtime.communicate()
         except TimeoutError as error:
             runtime.kill()
+            await asyncio.to_thread(group.kill)  # it stands still
             raise Timeout(f"{self.program} did not write a checkpoint within {MEMORY_S:g} s") from error
         if runtime.returncode:
             raise ImageError(f"{self.program} cannot write a checkpoint: {said.decode(errors='replace')[:300]}")
@@ -232,7 +235,7 @@ class GvisorEngine(RuncEngine):
         agent = await Agent.rejoin(ours, old, first_of(joins_of(about.reached) + 1))
         try:
             try:
-                await self._restart(box_id, folder, group, theirs, kept)
+                await self._restart(self.names(box_id)[-1], folder, group, theirs, kept)
             finally:
                 theirs.close()
             async with asyncio.timeout(START_S):
@@ -253,9 +256,9 @@ class GvisorEngine(RuncEngine):
         return stream.pipes()
 
     def names(self, box_id: str) -> Sequence[str]:
-        pattern = re.compile(rf"({re.escape(box_id)}(?:\.(\d+))?)_sandbox:.*\.state")
+        pattern = re.compile(rf"{re.escape(box_id)}\.(\d+)\._sandbox:.*\.state")
         found = [match for path in (RUN / self.name).glob("*.state") if (match := pattern.fullmatch(path.name))]
-        return [match[1] for match in sorted(found, key=lambda match: int(match[2] or 0))] or [box_id]
+        return [_name(box_id, number) for number in sorted(int(match[1]) for match in found) or [0]]
 
     def within(self, group: Group) -> list[str]:
         """A shell that enters the group first: gVisor's helpers are made before its first process is known."""
@@ -269,6 +272,6 @@ class GvisorEngine(RuncEngine):
         return [self.program, "--root", str(RUN / self.name), *options, *arguments, box_id]
 
 
-def _next(box_id: str, last: str) -> str:
-    """Another name of the runtime: one whose process has ended is free only when that was waited for by its parent."""
-    return f"{box_id}.{int(last[len(box_id) + 1 :] or 0) + 1}"
+def _name(box_id: str, number: int) -> str:
+    """One of the names that the runtime has for a box; it takes the beginning of a name for the whole."""
+    return f"{box_id}.{number}."

@@ -131,7 +131,7 @@ class RuncEngine:
         agent = Agent(reader, writer)
         try:
             try:
-                await self._run(box_id, folder, group, theirs, "run")
+                await self._run(self.names(box_id)[-1], folder, group, theirs, "run")
             finally:
                 theirs.close()
             await agent.hello(hello, START_S)
@@ -172,7 +172,7 @@ class RuncEngine:
         return kind(box_id, self.placed, self.features, agent, folder, upper, group, end, copy)
 
     def names(self, box_id: str) -> Sequence[str]:
-        """What the runtime knows a box as."""
+        """What the runtime knows a box as, or will; the last is the one that runs."""
         return (box_id,)
 
     def within(self, group: Group) -> list[str]:
