@@ -25,6 +25,8 @@ from abyssal.sandbox.image import Image, Store
 
 WHITEOUT, OPAQUE = ".wh.", ".wh..wh..opq"
 OWNERS = 65536
+EPOCH = "86400"  # the date that packages find while they are installed: the same packages, the same image
+OF_HOST = ("etc/hostname", "etc/resolv.conf", "etc/machine-id", "etc/apt/sources.list")
 ARCHITECTURES = {"amd64": "x86_64", "arm64": "aarch64"}
 
 
@@ -45,22 +47,43 @@ def from_folder(store: Store, name: str, folder: Path, env: Mapping[str, str] | 
 
 
 def from_debian(store: Store, name: str, suite: str, packages: Sequence[str] = ()) -> Image:
-    """An image of Debian packages, by mmdebstrap and this host's apt sources.
+    """An image of Debian packages, by mmdebstrap and this host's apt sources; nothing of this host comes along.
 
+    Args:
+        store, name: where it goes, and under which name.
+        suite: such as bookworm.
+        packages: besides what Debian calls essential, and apt.
     Raises:
-        Unsupported: mmdebstrap is missing.
+        Unsupported: mmdebstrap is missing, or this is not root, who alone can give files to their owners.
         ImageError: it failed.
     """
+    if os.geteuid() != 0:
+        raise Unsupported("Debian images are made by root alone: the owners of their files have to be set")
     if shutil.which("mmdebstrap") is None:
         raise Unsupported("Debian images need mmdebstrap: apt-get install mmdebstrap")
     with tempfile.TemporaryDirectory(dir=store.folder, prefix=".debian.") as scratch:
         root = Path(scratch) / "root"
         include = [f"--include={','.join(packages)}"] if packages else []
-        command = ["mmdebstrap", "--quiet", "--variant=minbase", *include, suite, str(root)]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        command = ["mmdebstrap", "--mode=root", "--variant=minbase", *include, suite, str(root)]
+        env = {**os.environ, "SOURCE_DATE_EPOCH": EPOCH, "LC_ALL": "C.UTF-8"}
+        done = subprocess.run(command, capture_output=True, text=True, check=False, env=env)
         if done.returncode:
-            raise ImageError(f"mmdebstrap cannot make {suite}: {done.stderr.strip()[-500:]}")
+            said = "; ".join(line for line in done.stderr.splitlines() if line.startswith(("E:", "W:")))
+            raise ImageError(f"mmdebstrap cannot make {suite}: {(said or done.stderr.strip())[:500]}")
+        _tidy(root)
         return from_folder(store, name, root)
+
+
+def _tidy(root: Path) -> None:
+    """Take out what mmdebstrap copied from this host, devices, and what tells when it ran."""
+    for name in OF_HOST:
+        (root / name).unlink(missing_ok=True)
+    for path in (root / "dev").iterdir():
+        _clear(path)
+    for name in ("var/log", "var/cache", "var/lib/apt/lists"):
+        for path in (root / name).rglob("*"):
+            if path.is_symlink() or not path.is_dir():
+                path.unlink()
 
 
 def from_archive(store: Store, name: str, archive: Path) -> Image:

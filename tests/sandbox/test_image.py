@@ -18,9 +18,9 @@ import pytest
 from abyssal.sandbox.api import Spec
 from abyssal.sandbox.conformance.bench import SMALL, run
 from abyssal.sandbox.engines.runc import RuncEngine
-from abyssal.sandbox.errors import ImageError
+from abyssal.sandbox.errors import ImageError, Unsupported
 from abyssal.sandbox.image import Image, Store
-from abyssal.sandbox.sources import from_archive, from_folder
+from abyssal.sandbox.sources import from_archive, from_debian, from_folder
 
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="layers have owners: needs root")
 needs_erofs = pytest.mark.skipif(shutil.which("mkfs.erofs") is None, reason="apt-get install erofs-utils")
@@ -163,3 +163,38 @@ def test_blocks_read_a_layer_in_pieces(tmp_path: Path) -> None:
     whole = store.layer(digest).read_bytes()
     assert blocks.size == len(whole) and blocks.read(1024, 4) == whole[1024:1028] == b"\xe2\xe1\xf5\xe0"
     blocks.close()
+
+
+@pytest.mark.boxes
+@pytest.mark.skipif(shutil.which("mmdebstrap") is None, reason="apt-get install mmdebstrap")
+def test_debian_packages_run_and_nothing_of_this_host_comes_along(state: Path) -> None:
+    """Minutes: some hundred packages are fetched and installed."""
+    engine = RuncEngine(state)
+    from_debian(engine.store, "debian", "bookworm", ["file"])
+
+    async def scene() -> tuple[str, str]:
+        folder = state.parent / "debian-box"
+        folder.mkdir()
+        box = await engine.create(folder.name, Spec("container", image="debian", limits=SMALL), folder)
+        try:
+            here = await run(box, "cat /etc/debian_version; file -b /bin/true; dpkg --get-selections file; ls /dev/null")
+            left = "cat /etc/hostname /etc/resolv.conf /etc/apt/sources.list; find /var/log /var/cache -type f"
+            return here.stdout, (await run(box, left)).stdout
+        finally:
+            await box.stop()
+
+    here, left = asyncio.run(scene())
+    version, kind, selected, null = here.splitlines()
+    assert version.startswith("12.") and "ELF 64-bit" in kind and selected.split() == ["file", "install"]
+    assert null == "/dev/null"
+    assert not left
+
+
+def test_debian_is_for_root(state: Path) -> None:
+    store = Store(state)
+    os.seteuid(65534)
+    try:
+        with pytest.raises(Unsupported, match="by root alone"):
+            from_debian(store, "debian", "bookworm")
+    finally:
+        os.seteuid(0)
