@@ -15,7 +15,7 @@ import pytest
 from abyssal.sandbox.api import Box, Command, Limits, Network, Process, Spec, Stdout, shell
 from abyssal.sandbox.conformance.bench import run
 from abyssal.sandbox.edge import Edge
-from abyssal.sandbox.engines.gvisor import FORGETFUL, RUN, TRIED, GvisorEngine
+from abyssal.sandbox.engines.gvisor import FEATURES, FORGETFUL, RUN, TRIED, GvisorEngine
 from abyssal.sandbox.engines.gvisor_box import CHECKPOINT, FILE
 from abyssal.sandbox.errors import ImageError, SandboxError, Unsupported
 from abyssal.sandbox.guest import build
@@ -249,9 +249,11 @@ def test_a_release_that_cannot_says_so(state: Path) -> None:
     )
     cannot.chmod(0o755)
 
+    class Forgetful(GvisorEngine):
+        program = str(cannot)
+
     async def scene() -> None:
-        engine = GvisorEngine(state)
-        engine.program = str(cannot)
+        engine = Forgetful(state)
         probe = await engine.probe()
         assert probe.ok and "no checkpoints" in probe.detail
         assert probe.placed is not None and FORGETFUL in probe.placed.degraded
@@ -259,6 +261,7 @@ def test_a_release_that_cannot_says_so(state: Path) -> None:
         folder.mkdir()
         box = await engine.create("forgetful", SPEC, folder)
         try:
+            assert Forgetful(state).features == engine.features == FEATURES - {"memory-snapshot"}, "known to the next"
             assert box.placed == probe.placed and "memory-snapshot" not in box.features
             with pytest.raises(Unsupported, match="keeps no memory"):
                 await box.snapshot(state.parent / "kept", memory=True)

@@ -26,7 +26,6 @@ from abyssal.base.files import write_json
 from abyssal.sandbox import agent_process, stream
 from abyssal.sandbox.agent import Agent, Hello
 from abyssal.sandbox.api import Boundary, Box, Command, Exit, Feature, Placed, Probe, Spec
-from abyssal.sandbox.engines import bundle
 from abyssal.sandbox.engines.bundle import RUN
 from abyssal.sandbox.engines.gvisor_box import CHECKPOINT, DISK, GvisorBox, Kept, Runtime
 from abyssal.sandbox.engines.joining import first_of, joins_of
@@ -66,7 +65,9 @@ class GvisorEngine(RuncEngine):
 
     def __init__(self, state: Path):
         super().__init__(state)
-        self._fault: str | None = None  # why memory cannot be kept; nothing where it can, None where nobody has tried
+        # why memory cannot be kept; nothing where it can, None where nobody has tried since this host started
+        self._fault: str | None = self._known() if (RUN / TRIED).exists() else None
+        self.features = FEATURES - {"memory-snapshot"} if self._fault else FEATURES
         self._trying = asyncio.Lock()
 
     @property
@@ -114,13 +115,10 @@ class GvisorEngine(RuncEngine):
         return await self.awaken(box_id, spec, folder, snapshot)
 
     async def _learn(self) -> None:
-        """Whether memory can be kept, from whoever tried it last on this host, or by a trial."""
+        """Whether memory can be kept, by a trial where nobody knows."""
         async with self._trying:
             if self._fault is None:
-                self._fault = self._known()
-            if self._fault is None:
                 await self._try_memory()
-            self.features = FEATURES - {"memory-snapshot"} if self._fault else FEATURES
 
     def _known(self) -> str | None:
         try:
@@ -130,7 +128,7 @@ class GvisorEngine(RuncEngine):
             return None
 
     def _tried_with(self) -> list[str]:
-        return [BOOT.read_text().strip(), self.program, self.release, bundle.reachable_agent(self.state).name]
+        return [BOOT.read_text().strip(), self.program, self.release]
 
     async def _try_memory(self) -> None:
         self._fault, self.features = "", FEATURES
