@@ -189,7 +189,7 @@ def test_debian_packages_run_and_nothing_of_this_host_comes_along(state: Path) -
     version, kind, selected, null = here.splitlines()
     assert version.startswith("12.") and "ELF 64-bit" in kind and selected.split() == ["file", "install"]
     assert null == "/dev/null"
-    assert not left
+    assert left == "sandbox\n", "the name that all sandboxes have"
 
 
 def test_debian_is_for_root(state: Path) -> None:
