@@ -122,6 +122,7 @@ def records_of(log: bytes) -> Iterator[bytes]:
 
 
 def test_wandb_keeps_every_number(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import wandb
     from wandb.proto.wandb_internal_pb2 import Record
 
     monkeypatch.setenv("WANDB_MODE", "offline")
@@ -132,6 +133,7 @@ def test_wandb_keeps_every_number(folder: Path, tmp_path: Path, monkeypatch: pyt
     with sink("wandb", run_folder, {"recipe": "tiny"}) as show:
         for line in lines:
             show(line)
+    wandb.teardown()  # a process of its own writes the file, and may be behind
     (stored,) = run_folder.rglob("*.wandb")
     history, configured = [], {}
     for raw in records_of(stored.read_bytes()):
