@@ -10,9 +10,8 @@ before each reply):
   between calls, in which the pool makes new ones. `sustained` is the same without a pause.
 - write, read: a file of 32 MiB through `files`.
 - fork: one copy, to the end of a `true` in it (engines that fork).
-- checkpoint, restore: a snapshot, with memory where the engine keeps it (runc and bwrap keep the disk alone; gVisor's
-  container ends of a checkpoint, and goes on from it before `snapshot` is done), and a sandbox that starts from it, to
-  the end of a `true` (engines that start from snapshots).
+- checkpoint, restore: a snapshot, with memory where the engine keeps it (containers, gVisor's too, keep their disk
+  alone), and a sandbox that starts from it, to the end of a `true` (engines that start from snapshots).
 - cold: a start of a kind that no template is kept of, which is then made (machines).
 
 Peers, in turns with them in the same run: `runc run` on a bundle that holds one static program, made by `runc spec`;
@@ -175,7 +174,7 @@ async def of_engine(hub: Sandboxes, engine: Engine, substrate: Substrate, repeat
     if "snapshot" in engine.features:
         row |= await of_snapshots(hub, engine, box, max(repeat // 4, 2))
     await box.stop()
-    if substrate in ("microvm", "vm"):
+    if "memory-snapshot" in engine.features:
 
         async def cold(number: int) -> None:
             odd = await hub.create(substrate, engine=engine.name, limits=Limits(memory=(514 + 2 * number) << 20))

@@ -11,7 +11,9 @@ stream ended, how many processes the kernel killed for want of memory) it tells 
 from __future__ import annotations
 
 import asyncio
+import itertools
 import secrets
+import socket
 import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
@@ -19,7 +21,6 @@ from dataclasses import dataclass, field
 
 from abyssal.sandbox import wire
 from abyssal.sandbox.errors import AgentLost, Cause, Timeout, Unsupported
-from abyssal.sandbox.stream import Ends, ends_of, opened
 from abyssal.sandbox.wire import Decoder, Frame, Kind
 
 READ_SIZE = 1 << 18
@@ -106,7 +107,6 @@ class Agent:
 
     Attributes:
         lost: whether the stream has ended.
-        reached: number of the last operation that began.
         cause: asked for the reason when the stream has ended.
         oom_kills: how many processes of the sandbox the kernel killed for want of memory, where the host can tell.
     """
@@ -121,7 +121,7 @@ class Agent:
     ):
         self._reader, self._writer = reader, writer
         self._ops: dict[int, asyncio.Queue[Frame | None]] = {}
-        self.reached = first - 1
+        self._numbers = itertools.count(first)
         self._hello = hello
         self._behind = behind
         self.lost = False
@@ -131,24 +131,24 @@ class Agent:
         self._task = asyncio.create_task(self._receive())
 
     @classmethod
-    async def rejoin(cls, ends: Ends, hello: Hello, first: int) -> Agent:
-        """An agent whose host died, or a copy of one; it says its first word again as soon as it can.
+    async def rejoin(cls, stream: socket.socket, hello: Hello, first: int) -> Agent:
+        """An agent whose host died; it says its first word again as soon as it can.
 
         Args:
-            ends: of the stream that leads to it; they become its own.
+            stream: that led to it.
             hello: what it was told, with its token.
             first: number of the first operation, above all that it was ever given.
         """
         mark = secrets.token_bytes(wire.MARK_SIZE)
-        reader, writer = await opened(ends)
+        reader, writer = await asyncio.open_connection(sock=stream)
         agent = cls(reader, writer, first, hello, behind=hello.token + mark)
         writer.write(hello.token + mark)  # nobody waits for it to be read: the sandbox may be paused
         return agent
 
     @property
-    def ends(self) -> Ends:
+    def descriptor(self) -> int:
         """Of the stream."""
-        return ends_of(self._writer)
+        return int(self._writer.get_extra_info("socket").fileno())
 
     @property
     def greeting(self) -> Hello:
@@ -216,8 +216,7 @@ class Agent:
 
     def begin(self) -> tuple[int, asyncio.Queue[Frame | None]]:
         """The same without an end; see `forget`."""
-        self.reached += 1
-        op = self.reached
+        op = next(self._numbers)
         frames: asyncio.Queue[Frame | None] = asyncio.Queue()
         self._ops[op] = frames
         if self.lost:

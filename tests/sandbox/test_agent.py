@@ -23,7 +23,6 @@ from abyssal.sandbox.conformance.bench import collect
 from abyssal.sandbox.engines.joining import new_token
 from abyssal.sandbox.errors import AgentLost
 from abyssal.sandbox.guest import build
-from abyssal.sandbox.stream import Ends
 from abyssal.sandbox.wire import Decoder, Frame, Kind
 
 pytestmark = [
@@ -158,11 +157,10 @@ def test_another_host_goes_on_wherever_the_first_one_died(program: Path, tmp_pat
             frame = wire.encode(Kind.EXEC, 99, wire.fields([("arg", "touch"), ("arg", "never")]))
             agent = first
             for number, cut in enumerate((0, 1, 3, 4, 8, 9, 20, len(frame) - 1)):
-                stream = socket.socket(fileno=os.dup(agent.ends.source))
+                stream = socket.socket(fileno=os.dup(agent.descriptor))
                 stream.send(frame[:cut])
                 await agent.close()
-                descriptor = stream.detach()
-                agent = await Agent.rejoin(Ends(descriptor, descriptor), hello, (number + 1) << 20)
+                agent = await Agent.rejoin(stream, hello, (number + 1) << 20)
                 assert await agent.first()
                 left = await agent_process.left(agent)
                 assert [*left] == ["lines"]

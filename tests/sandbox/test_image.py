@@ -177,9 +177,8 @@ def test_debian_packages_run_and_nothing_of_this_host_comes_along(state: Path) -
         folder.mkdir()
         box = await engine.create(folder.name, Spec("container", image="debian", limits=SMALL), folder)
         try:
-            here = await run(
-                box, "cat /etc/debian_version; file -b /bin/true; dpkg --get-selections file; ls /dev/null"
-            )
+            asked = "cat /etc/debian_version; file -b /bin/true; dpkg --get-selections file; ls /dev/null"
+            here = await run(box, asked)
             left = "cat /etc/hostname /etc/resolv.conf /etc/apt/sources.list; find /var/log /var/cache -type f"
             return here.stdout, (await run(box, left)).stdout
         finally:

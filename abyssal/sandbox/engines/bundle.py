@@ -90,10 +90,8 @@ class Root:
         return self.folder / "disk" / "upper"
 
     @classmethod
-    def mount(
-        cls, engine: str, box_id: str, folder: Path, spec: Spec, image: Image, store: Store, disk: Path | None = None
-    ) -> Root:
-        """Mount everything, on a copy of a disk if one is given.
+    def mount(cls, engine: str, box_id: str, folder: Path, spec: Spec, image: Image, store: Store) -> Root:
+        """Mount everything.
 
         Raises:
             ImageError, Unsupported: it cannot be; nothing is left behind.
@@ -102,7 +100,7 @@ class Root:
         root = cls(folder, RUN / box_id, FIRST_OWNER + OWNERS * secrets.randbelow(RANGES))
         owners = Owners(root.owner, OWNERS)
         try:
-            root._mount(spec, image, store, owners, disk)
+            root._mount(spec, image, store, owners)
         except BaseException:
             root.remove()
             raise
@@ -110,17 +108,13 @@ class Root:
             owners.close()
         return root
 
-    def _mount(self, spec: Spec, image: Image, store: Store, owners: Owners, disk: Path | None) -> None:
+    def _mount(self, spec: Spec, image: Image, store: Store, owners: Owners) -> None:
         self.path.mkdir(mode=0o711)
-        if disk is None:
-            mounts.disk(spec.limits.disk, store.folder / "disks", self.folder / "disk.img")
-        else:
-            mounts.copy_disk(disk, self.folder / "disk.img")
+        mounts.disk(spec.limits.disk, store.folder / "disks", self.folder / "disk.img")
         self._new("disk")
         mounts.mount_disk(self.folder / "disk.img", self.folder / "disk")
-        shutil.rmtree(self.folder / "disk" / "work", ignore_errors=True)  # a copy's bars another overlay from it
         for name in ("upper", "work"):
-            (self.folder / "disk" / name).mkdir(exist_ok=True)
+            (self.folder / "disk" / name).mkdir()
         owners.show(self.folder / "disk", self._new("shown-disk"))
         lower: list[Path] = []
         for number, digest in enumerate(image.layers):

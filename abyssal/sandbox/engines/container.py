@@ -13,7 +13,7 @@ from abyssal.sandbox.agent import Agent
 from abyssal.sandbox.agent_files import AgentFiles
 from abyssal.sandbox.api import Box, Command, Feature, Files, Network, Placed, Process, Usage
 from abyssal.sandbox.engines.bundle import SCRUBBED
-from abyssal.sandbox.engines.joining import handles_of
+from abyssal.sandbox.engines.joining import AGENT
 from abyssal.sandbox.errors import Cause, Timeout, Unsupported
 from abyssal.sandbox.host.cgroups import Group
 from abyssal.sandbox.image import pack
@@ -21,7 +21,6 @@ from abyssal.sandbox.lasting import Left
 from abyssal.sandbox.network.egress import Egress, OverAgent
 
 ANSWER_S = 20.0
-LAYER = "layer.erofs"
 
 
 class ContainerBox(OverAgent):
@@ -48,7 +47,7 @@ class ContainerBox(OverAgent):
         self._joining: Network | None = None
         self._here = asyncio.Event()
         self._here.set()
-        self._stopped = self._paused = False
+        self._stopped = False
         self._ended_by: Cause | None = None
         agent.cause = self._cause
         if group is not None:
@@ -66,7 +65,7 @@ class ContainerBox(OverAgent):
         return "oom" if self._group is not None and self._group.oom_kills() else "unknown"
 
     def handles(self) -> Mapping[str, int]:
-        return handles_of(self._agent)
+        return {AGENT: self._agent.descriptor}
 
     async def left(self) -> Mapping[str, Left]:
         await self._here.wait()
@@ -78,7 +77,7 @@ class ContainerBox(OverAgent):
         Raises:
             AgentLost, Timeout: it does not answer; what is left of it is for a sweep.
         """
-        self._joining, self._paused = network, paused
+        self._joining = network
         self._here.clear()
         try:
             if self._group is not None:  # it may have died in the middle of the other
@@ -113,35 +112,22 @@ class ContainerBox(OverAgent):
         if self._group is None:
             raise Unsupported(f"engine {self.placed.engine} cannot pause without control groups: run as root")
         await asyncio.to_thread(self._group.freeze)
-        self._paused = True
 
     async def resume(self) -> None:
         if self._group is not None:
             await asyncio.to_thread(self._group.thaw)
-        self._paused = False
         await self._join()
 
     async def snapshot(self, folder: Path, *, memory: bool = False) -> Mapping[str, str]:
         if memory:
             raise Unsupported(f"engine {self.placed.engine} keeps no memory in snapshots: choose substrate microvm")
-        await self._settle()
-        return await asyncio.to_thread(self._pack, folder)
-
-    async def _settle(self) -> None:
-        """Have what was written be on the disk: a kernel of its own keeps it; a shared one would flush all disks."""
-        if self.placed.boundary != "user-kernel":
-            return
-        if self._paused and self._group is not None:
-            await asyncio.to_thread(self._group.thaw)
-        try:
+        if self.placed.boundary == "user-kernel":  # it keeps writes to itself; a shared one would flush all disks
             await self._agent.sync()
-        finally:
-            if self._paused and self._group is not None:
-                await asyncio.to_thread(self._group.freeze)
+        return await asyncio.to_thread(self._pack, folder)
 
     def _pack(self, folder: Path) -> Mapping[str, str]:
         folder.mkdir(parents=True, exist_ok=True)
-        layer = folder / LAYER
+        layer = folder / "layer.erofs"
         if self._group is None:
             pack(self._upper, layer, SCRUBBED, self._owner)
         else:
@@ -149,12 +135,7 @@ class ContainerBox(OverAgent):
             try:
                 pack(self._upper, layer, SCRUBBED, self._owner)
             finally:
-                if not self._paused:
-                    self._group.thaw()
-        return self._packed(folder)
-
-    def _packed(self, folder: Path) -> Mapping[str, str]:
-        layer = folder / LAYER
+                self._group.thaw()
         digest = sha256_of(layer)
         write_json(folder / "layer.json", {"digest": digest, "scrubbed": list(SCRUBBED)})
         return {"layer": digest}
@@ -164,7 +145,7 @@ class ContainerBox(OverAgent):
             raise Unsupported(f"engine {self.placed.engine} cannot fork: choose engine runc")
         layer = self._folder / "fork"
         await self.snapshot(layer)
-        copies = [await self._copy(each, layer / LAYER) for each in ids]
+        copies = [await self._copy(each, layer / "layer.erofs") for each in ids]
         for copy in copies:
             await copy.set_network(self._egress.network)
         return copies

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import secrets
+import socket
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -13,11 +14,10 @@ from typing import Any
 from abyssal.base.files import write_json
 from abyssal.sandbox.agent import Agent, Hello
 from abyssal.sandbox.errors import AgentLost
-from abyssal.sandbox.stream import Ends
 from abyssal.sandbox.wire import TOKEN_HEAD, TOKEN_SIZE
 
 FILE = "agent.json"
-AGENT, SINK = "agent", "agent-sink"  # the handles; the second where it is not the same
+AGENT = "agent"  # the handle
 NUMBERS, MOST = 1 << 24, 127  # operations of one edge, and edges until the first one's numbers come again
 
 
@@ -68,22 +68,5 @@ class Joining:
         if AGENT not in handles:
             raise AgentLost("killed", "its edge died, and nobody held it for the next one")
         replace(self, joins=self.joins + 1).write(folder)
-        source = os.dup(handles[AGENT])
-        ends = Ends(source, os.dup(handles[SINK]) if SINK in handles else source)
-        return await Agent.rejoin(ends, hello, first_of(self.joins + 1))
-
-
-def handles_of(agent: Agent) -> Mapping[str, int]:
-    """What leads to an agent, to be held."""
-    source, sink = agent.ends
-    return {AGENT: source} if source == sink else {AGENT: source, SINK: sink}
-
-
-def first_of(joins: int) -> int:
-    """Number of the first operation of the host that comes after so many others."""
-    return joins % MOST * NUMBERS + 1
-
-
-def joins_of(number: int) -> int:
-    """Which host's number that of an operation is."""
-    return (number - 1) // NUMBERS
+        first = (self.joins + 1) % MOST * NUMBERS + 1
+        return await Agent.rejoin(socket.socket(fileno=os.dup(handles[AGENT])), hello, first)

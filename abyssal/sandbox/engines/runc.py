@@ -6,33 +6,30 @@ import asyncio
 import json
 import math
 import shutil
+import socket
 import tempfile
 import time
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TypeVar
 
 from abyssal.base.errors import AbyssalError
-from abyssal.sandbox import packages, stream
+from abyssal.sandbox import packages
 from abyssal.sandbox.agent import Agent, Hello
 from abyssal.sandbox.api import Boundary, Box, Command, Exit, Feature, Placed, Probe, Spec, Substrate
 from abyssal.sandbox.engines import bundle
 from abyssal.sandbox.engines.bundle import RUN, Root
-from abyssal.sandbox.engines.container import LAYER, ContainerBox, connected
-from abyssal.sandbox.engines.joining import Joining, joins_of, new_token
+from abyssal.sandbox.engines.container import ContainerBox, connected
+from abyssal.sandbox.engines.joining import Joining, new_token
 from abyssal.sandbox.engines.placing import check, whole
 from abyssal.sandbox.errors import AgentLost, ImageError, Timeout
 from abyssal.sandbox.host.cgroups import Group
 from abyssal.sandbox.host.hierarchies import Hierarchies
 from abyssal.sandbox.host_image import host_image
 from abyssal.sandbox.image import Image, Store, from_json
-from abyssal.sandbox.stream import Ends
 
 START_S = 20.0
-Kind = TypeVar("Kind", bound=ContainerBox)
-Begin = Callable[[str, Path, Group, Hello], Awaitable[Agent]]
 
 
 class RuncEngine:
@@ -89,7 +86,7 @@ class RuncEngine:
 
     async def restore(self, box_id: str, spec: Spec, folder: Path, snapshot: Path) -> Box:
         check(self.name, self.substrates, self.features, self.placed, spec)
-        layer = snapshot / LAYER
+        layer = snapshot / "layer.erofs"
         if not layer.is_file():
             raise ImageError(f"no layer of a container lies in {snapshot}")
         image = await asyncio.to_thread(self._image, spec.image)
@@ -103,42 +100,29 @@ class RuncEngine:
             self._host = host_image(self.store)
         return self._host
 
-    async def _create(
-        self, box_id: str, spec: Spec, folder: Path, image: Image, disk: Path | None = None, begin: Begin | None = None
-    ) -> Box:
+    async def _create(self, box_id: str, spec: Spec, folder: Path, image: Image) -> Box:
         program = await asyncio.to_thread(bundle.reachable_agent, self.state)
-        root = await asyncio.to_thread(Root.mount, self.name, box_id, folder, spec, image, self.store, disk)
+        root = await asyncio.to_thread(Root.mount, self.name, box_id, folder, spec, image, self.store)
         group: Group | None = None
+        agent: Agent | None = None
         try:
             group = Group.create(box_id, replace(spec.limits, pids=spec.limits.pids + self.own_pids), self._hierarchies)
             cores = group.cores() or math.ceil(spec.limits.cpu)
             settings = bundle.config(spec, root, image, program, cores, group.path, filtered=self.filtered)
             (folder / "config.json").write_text(json.dumps(settings))
-            hello = Hello(bundle.HOSTNAME, spec.user, spec.cwd, {**image.env, **spec.env}, token=new_token())
-            agent = await (begin or self._begin)(box_id, folder, group, hello)
+            agent = await self._launch(box_id, folder, group)
+            token = new_token()
+            hello = Hello(bundle.HOSTNAME, spec.user, spec.cwd, {**image.env, **spec.env}, token=token)
+            await agent.hello(hello, START_S)
             if self.lasting:
-                joins = joins_of(agent.reached)
-                Joining(hello.token.hex(), hello.env, {"image": asdict(image)}, joins).write(folder)
+                Joining(token.hex(), hello.env, {"image": asdict(image)}).write(folder)
         except BaseException:
             await self._end(box_id, folder, group)
+            if agent is not None:
+                await agent.close()
             raise
-        return await connected(self._box(box_id, spec, folder, image, root.upper, group, agent), spec.network)
 
-    async def _begin(self, box_id: str, folder: Path, group: Group, hello: Hello) -> Agent:
-        """Start its agent."""
-        ours, theirs = self.ends()
-        reader, writer = await stream.opened(ours)
-        agent = Agent(reader, writer)
-        try:
-            try:
-                await self._run(self.names(box_id)[-1], folder, group, theirs, "run")
-            finally:
-                theirs.close()
-            await agent.hello(hello, START_S)
-        except BaseException:
-            await agent.close()
-            raise
-        return agent
+        return await connected(self._box(box_id, spec, folder, image, root.upper, group, agent), spec.network)
 
     async def adopt(self, box_id: str, spec: Spec, folder: Path, handles: Mapping[str, int], *, paused: bool) -> Box:
         known = await asyncio.to_thread(Joining.read, box_id, folder)
@@ -154,12 +138,6 @@ class RuncEngine:
     def _box(
         self, box_id: str, spec: Spec, folder: Path, image: Image, upper: Path, group: Group, agent: Agent
     ) -> ContainerBox:
-        return self._box_of(ContainerBox, box_id, spec, folder, image, upper, group, agent)
-
-    def _box_of(
-        self, kind: type[Kind], box_id: str, spec: Spec, folder: Path, image: Image, upper: Path, group: Group,
-        agent: Agent,
-    ) -> Kind:  # fmt: skip
         async def end() -> None:
             await self._end(box_id, folder, group)
 
@@ -169,11 +147,7 @@ class RuncEngine:
             new_folder.mkdir(exist_ok=True)
             return await self._create(new_id, spec, new_folder, grown)
 
-        return kind(box_id, self.placed, self.features, agent, folder, upper, group, end, copy)
-
-    def names(self, box_id: str) -> Sequence[str]:
-        """What the runtime knows a box as, or will; the last is the one that runs."""
-        return (box_id,)
+        return ContainerBox(box_id, self.placed, self.features, agent, folder, upper, group, end, copy)
 
     def within(self, group: Group) -> list[str]:
         """What comes before the runtime's command line; runc puts the container into its group by itself."""
@@ -183,47 +157,42 @@ class RuncEngine:
         """The runtime's command line."""
         return [self.program, "--root", str(RUN / self.name), *arguments, box_id]
 
-    def ends(self) -> tuple[Ends, Ends]:
-        """A new stream, our ends and those of an agent."""
-        return stream.sockets()
-
-    async def _run(
-        self, name: str, folder: Path, group: Group, ends: Ends, *verb: str, patience: float = START_S
-    ) -> None:
-        """Have the runtime start something of this name; `verb` says how."""
-        with open(folder / "runtime.log", "w+b") as log:
+    async def _launch(self, box_id: str, folder: Path, group: Group) -> Agent:
+        ours, theirs = socket.socketpair()
+        with theirs, open(folder / "runtime.log", "w+b") as log:
             pid_file = folder / "pid"
-            arguments = [*verb, "--detach", "--bundle", str(folder), "--pid-file", str(pid_file)]
-            command = [*self.within(group), *self.command(name, *arguments)]
+            arguments = ["run", "--detach", "--bundle", str(folder), "--pid-file", str(pid_file)]
+            command = [*self.within(group), *self.command(box_id, *arguments)]
             runtime = await asyncio.create_subprocess_exec(
-                *command, stdin=ends.source, stdout=ends.sink, stderr=log, start_new_session=True
+                *command, stdin=theirs.fileno(), stdout=theirs.fileno(), stderr=log, start_new_session=True
             )
             try:
-                async with asyncio.timeout(patience):
+                async with asyncio.timeout(START_S):
                     code = await runtime.wait()
             except TimeoutError as error:
                 runtime.kill()
-                raise Timeout(f"{self.program} did not start a container within {patience:g} s") from error
+                raise Timeout(f"{self.program} did not start a container within {START_S:g} s") from error
             if code:
                 log.seek(0)
                 said = log.read().decode(errors="replace").strip()[-500:]
                 raise ImageError(f"{self.program} cannot start a container: {said or f'exit code {code}'}")
             group.add(int(pid_file.read_text()))
+        reader, writer = await asyncio.open_connection(sock=ours)
+        return Agent(reader, writer)
 
     async def _end(self, box_id: str, folder: Path, group: Group | None) -> None:
         if group is not None:
             await asyncio.to_thread(group.kill)  # for what still lives, the runtime waits a tenth of a second
-        for name in self.names(box_id):
-            with suppress(OSError):
-                delete = self.command(name, "delete", "--force")
-                runtime = await asyncio.create_subprocess_exec(
-                    *delete,
-                    stdin=asyncio.subprocess.DEVNULL,
-                    stdout=asyncio.subprocess.DEVNULL,
-                    stderr=asyncio.subprocess.DEVNULL,
-                    start_new_session=True,  # a runtime that kills its own group must not mean ours
-                )
-                await runtime.wait()
+        with suppress(OSError):
+            delete = self.command(box_id, "delete", "--force")
+            runtime = await asyncio.create_subprocess_exec(
+                *delete,
+                stdin=asyncio.subprocess.DEVNULL,
+                stdout=asyncio.subprocess.DEVNULL,
+                stderr=asyncio.subprocess.DEVNULL,
+                start_new_session=True,  # a runtime that kills its own group must not mean ours
+            )
+            await runtime.wait()
         if group is not None:
             await asyncio.to_thread(group.remove)
         await asyncio.to_thread(bundle.remove, folder, RUN / box_id)

@@ -200,20 +200,10 @@ def disk(size: int, templates: Path, file: Path) -> None:
             done = subprocess.run([mkfs, "-q", *options, str(aside)], capture_output=True, text=True, check=False)
             if done.returncode:
                 raise Unsupported(f"mkfs.ext4 refused a disk of {size} bytes: {done.stderr.strip()}")
-    copy_disk(template, file)
+    _copy_sparse(template, file)
 
 
-def flush(point: Path) -> None:
-    """Have all that was written below a mount be in the file or on the disk that it is made of."""
-    folder = os.open(point, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        _check(_LIBC.syncfs(folder), f"syncfs {point}")
-    finally:
-        os.close(folder)
-
-
-def copy_disk(source: Path, to: Path) -> None:
-    """Copy a sparse file, of which only what is not a hole is written."""
+def _copy_sparse(source: Path, to: Path) -> None:
     with open(source, "rb") as old, open(to, "wb") as new:
         size = os.fstat(old.fileno()).st_size
         new.truncate(size)
