@@ -10,6 +10,7 @@ BIN = $(VENV)/bin
 KERNELS = abyssal/kernels/fast/cpu
 SOURCES = pyproject.toml $(shell find $(KERNELS) -type f)
 
+JOBS := $(shell nproc 2>/dev/null || echo 2)
 PORT ?= 8000
 .PHONY: run test lint browser sandboxes native sanitize neon clean
 
@@ -57,7 +58,7 @@ native: $(VENV)/.installed-test
 # The checking program under address and undefined-behaviour sanitizers.
 sanitize:
 	cmake -S $(KERNELS) -B build/sanitize -DABYSSAL_PYTHON=OFF -DABYSSAL_CHECK=ON -DABYSSAL_SANITIZE=ON
-	cmake --build build/sanitize --parallel
+	cmake --build build/sanitize --parallel $(JOBS)
 	UBSAN_OPTIONS=print_stacktrace=1 build/sanitize/abyssal_check
 
 # The checking program for NEON, cross-compiled and emulated (Debian: g++-aarch64-linux-gnu qemu-user).
@@ -65,7 +66,7 @@ neon:
 	cmake -S $(KERNELS) -B build/neon -DABYSSAL_PYTHON=OFF -DABYSSAL_CHECK=ON \
 	  -DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=aarch64 -DCMAKE_CXX_COMPILER=aarch64-linux-gnu-g++ \
 	  -DCMAKE_EXE_LINKER_FLAGS=-static
-	cmake --build build/neon --parallel
+	cmake --build build/neon --parallel $(JOBS)
 	qemu-aarch64 build/neon/abyssal_check
 
 clean:
