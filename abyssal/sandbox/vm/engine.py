@@ -38,7 +38,7 @@ from abyssal.sandbox.vm.kernel import Kernel, kernel
 from abyssal.sandbox.vm.machine import Machine
 from abyssal.sandbox.vm.memory import Saved
 from abyssal.sandbox.vm.qemu import Hardware
-from abyssal.sandbox.vm.rehearsal import FIRST, rehearse
+from abyssal.sandbox.vm.rehearsal import FIRST, heard, rehearse
 
 MIB = 1 << 20
 COLD = 90.0  # seconds that a guest has to start, on a busy host with emulated processors
@@ -135,7 +135,7 @@ class MachineEngine:
             try:
                 await machine.go()
                 async with _hearing(machine, LIMIT):
-                    await _begun(machine)
+                    await heard(machine.reader)  # the agent's first word
             finally:
                 await machine.end()
         return time.monotonic() - begin
@@ -172,7 +172,7 @@ class MachineEngine:
             try:
                 await machine.go()
                 async with _hearing(machine):
-                    await _begun(machine)
+                    await heard(machine.reader)  # the agent's first word
                 if self._templates:
                     async with _hearing(machine):
                         await rehearse(machine.reader, machine.writer)
@@ -235,9 +235,3 @@ async def _hearing(machine: Machine, limit: float = COLD) -> AsyncIterator[None]
         raise Timeout(f"the guest did not answer within {limit:g} s; its kernel said: {said}") from error
     except asyncio.IncompleteReadError as error:
         raise AgentLost(machine.cause(), f"the guest ended; its kernel said: {machine.console[-300:]}") from error
-
-
-async def _begun(machine: Machine) -> None:
-    """Wait for the agent's first word."""
-    size = int.from_bytes(await machine.reader.readexactly(4), "little")
-    await machine.reader.readexactly(size)

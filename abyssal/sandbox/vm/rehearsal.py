@@ -36,10 +36,18 @@ async def rehearse(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -
     await asyncio.sleep(_REST_S)
 
 
+async def heard(reader: asyncio.StreamReader) -> Frame:
+    """The next frame, without its payload.
+
+    Raises:
+        asyncio.IncompleteReadError: the guest ended.
+    """
+    body = await reader.readexactly(int.from_bytes(await reader.readexactly(4), "little"))
+    return Frame(body[0], int.from_bytes(body[1:5], "little"))
+
+
 async def _until(reader: asyncio.StreamReader, op: int, kind: Kind) -> None:
     while True:
-        size = int.from_bytes(await reader.readexactly(4), "little")
-        body = await reader.readexactly(size)
-        frame = Frame(body[0], int.from_bytes(body[1:5], "little"))
+        frame = await heard(reader)
         if frame.op == op and frame.kind in (kind, Kind.FAIL):
             return
