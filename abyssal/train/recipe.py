@@ -62,6 +62,7 @@ class SourceRecipe:
             ids.
         rounds: how often what is generated for retrieval asks each of its questions.
         requests: of a generated conversation with tools at least, both ends included.
+        offered: tools of such a conversation, both ends included.
         modes: thinking modes of generated conversations.
         ids, roles: of plain ids, see `data.pairs` and `data.echoes`; by default all ids of the model.
         learn: of what is generated, every token or only answers.
@@ -80,6 +81,7 @@ class SourceRecipe:
     questions: tuple[int, int] = (1, 4)
     rounds: int = 1
     requests: tuple[int, int] = (1, 1)
+    offered: tuple[int, int] = (1, 6)
     modes: tuple[ThinkingMode, ...] = MODES
     ids: tuple[int, int] | None = None
     roles: Literal["fixed", "drawn"] = "drawn"
@@ -322,6 +324,7 @@ class _Data:
             kinds=told.kinds,
             rounds=told.rounds,
             requests=told.requests,
+            offered=told.offered,
             modes=told.modes,
             filler=self._filler if told.domains.get("retrieval") else (),
         )

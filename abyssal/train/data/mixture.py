@@ -44,6 +44,7 @@ class Mixture:
             named.
         rounds: how often a retrieval example asks each of its questions.
         requests: of a conversation with tools at least, both ends included.
+        offered: tools of such a conversation, both ends included.
         modes: thinking modes to choose from.
     Raises:
         DataError: an unknown domain, a negative weight, or none above zero.
@@ -59,6 +60,7 @@ class Mixture:
     kinds: Sequence[str] = ()
     rounds: int = 1
     requests: tuple[int, int] = (1, 1)
+    offered: tuple[int, int] = (1, 6)
     modes: Sequence[ThinkingMode] = MODES
 
     def __post_init__(self) -> None:
@@ -116,7 +118,7 @@ class Mixture:
                 far=self.lengths[1] // 4,
                 modes=self.modes,
             ),
-            "tool_use": ToolUse(self.split, requests=self.requests, modes=self.modes),
+            "tool_use": ToolUse(self.split, self.offered, self.modes, self.requests),
             "arithmetic": Arithmetic(self.split, modes=self.modes),
             "conversation": Chat(self.split, modes=self.modes),
         }
