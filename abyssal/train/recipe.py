@@ -100,6 +100,7 @@ class Stage:
         seed: of fresh weights.
         embedding_std: of a fresh embedding; None for the model's `initializer_range`.
         turned_head: whether a fresh head is the embedding, turned; see `model.init.initialise`.
+        sliding_window: of the model in this stage; None for the recipe's. It is no weight, so stages may differ.
     """
 
     rules: Rules
@@ -108,6 +109,7 @@ class Stage:
     seed: int = 0
     embedding_std: float | None = None
     turned_head: bool = False
+    sliding_window: int | None = None
 
 
 @dataclass(frozen=True)
@@ -133,6 +135,11 @@ class Recipe:
         if name not in self.stages:
             raise ConfigError(f"recipe {self.name} has no [{name}]: it has {', '.join(self.stages)}")
         return self.stages[name]
+
+    def model_of(self, name: str) -> ModelConfig:
+        """The model as a stage trains it; errors as `stage`."""
+        window = self.stage(name).sliding_window
+        return self.model if window is None else replace(self.model, sliding_window=window)
 
 
 def names() -> list[str]:
@@ -268,15 +275,16 @@ def trainer_of(
         CheckpointError: `start` has no whole checkpoint.
     """
     told = recipe.stage(stage)
+    config = recipe.model_of(stage)
     model = initialise(
-        Transformer(recipe.model), told.seed, embedding_std=told.embedding_std, turned_head=told.turned_head
+        Transformer(config), told.seed, embedding_std=told.embedding_std, turned_head=told.turned_head
     )
     if told.start:
         folder = checkpoint.latest(start) if start is not None else None
         if folder is None:
             raise ConfigError(f"stage {stage} begins with the weights of {told.start}, of which {start} has none")
         saved = checkpoint.load(folder)
-        if saved.state["config"] != recipe.model.to_dict():
+        if saved.state["config"] | {"sliding_window": config.sliding_window} != config.to_dict():
             raise ConfigError(f"{folder} holds another model than recipe {recipe.name}: give its {told.start}")
         model.load_state_dict(dict(saved.model))
     read = _Data(data, recipe.model.vocab_size)

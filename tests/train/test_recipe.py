@@ -174,6 +174,11 @@ def test_stages_follow_each_other_and_refuse_what_is_not_theirs(recipe: Path, da
     wider = read_recipe(recipe, ["model.index_topk=4"])
     with pytest.raises(ConfigError, match="another model than recipe small"):
         trainer_of(wider, "sft", data, tmp_path / "pretrain")
+    # a window is no weight
+    narrow = read_recipe(recipe, ["pretrain.sliding_window=8"])
+    assert narrow.model.sliding_window == 16
+    assert trainer_of(narrow, "pretrain", data).model.config.sliding_window == 8
+    assert trainer_of(narrow, "sft", data, tmp_path / "pretrain").model.config.sliding_window == 16
     again = checkpoint.latest(tmp_path / "pretrain")  # nothing of this changed the run
     assert again == folder
     checkpoint.load(folder)
