@@ -112,8 +112,11 @@ def serve(
         list[str] | None, typer.Option(help="SUBSTRATE:IMAGE:COUNT to have ready; may be repeated.")
     ] = None,
     grace: Annotated[
-        float, typer.Option(help="Seconds for which sandboxes outlive a server that was killed; 0 for none.", min=0)
-    ] = 60.0,
+        float | None,
+        typer.Option(
+            help="Seconds for which sandboxes outlive a server that was killed; default 60, 0 for none.", min=0
+        ),
+    ] = None,
     open_network: Annotated[bool, typer.Option(help="Let sandboxes ask for the network mode open.")] = False,
     engine: Engines = None,
     home: Home = None,
@@ -128,7 +131,7 @@ def serve(
     from abyssal.sandbox.admission import Capacity
     from abyssal.sandbox.edge import Edge
     from abyssal.sandbox.engines.registry import installed
-    from abyssal.sandbox.http.daemon import edge_home
+    from abyssal.sandbox.http.daemon import GRACE_S, edge_home
     from abyssal.sandbox.http.run import serve as serve_edge
     from abyssal.sandbox.http.run import unix_socket
     from abyssal.sandbox.shapes import size
@@ -139,14 +142,13 @@ def serve(
     total = size(memory) if memory else this_machine().memory_total * 3 // 4
     kinds = [_warm(text) for text in warm or []]
     log.configure(log_level)
+    waiting = (GRACE_S if grace is None else grace) or None
 
     async def work() -> None:
         room = Capacity(memory=total, sandboxes=sandboxes, per_job=per_job)
         folder = edge_home(home)
         engines = installed(folder / "engines", allow_unsafe=allow_unsafe, names=engine or ())
-        edge = await Edge.open(
-            folder, engines, capacity=room, warm=kinds, open_network=open_network, grace=grace or None
-        )
+        edge = await Edge.open(folder, engines, capacity=room, warm=kinds, open_network=open_network, grace=waiting)
         try:
             if socket_path is not None:
                 listening, where = unix_socket(socket_path), str(socket_path)

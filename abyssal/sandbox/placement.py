@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -13,6 +14,7 @@ from abyssal.sandbox.api import STRENGTH, Box, Engine, Feature, Placed, Probe, R
 from abyssal.sandbox.errors import Unsupported
 
 PROBE_S = 180.0  # a machine's first start unpacks a kernel and may be emulated
+AGAIN_S = 300.0  # a failure may be a busy machine's or a missing package's, and either may pass
 BOOT = Path("/proc/sys/kernel/random/boot_id")
 
 
@@ -21,12 +23,13 @@ class Placement:
 
     Args:
         engines: in order.
-        kept: file in which the outcome of probes is kept for this boot.
+        kept: file in which engines that passed are kept for this boot.
     """
 
     def __init__(self, engines: Sequence[Engine], kept: Path):
         self.engines, self._kept = list(engines), kept
         self._probes: dict[str, Probe] = _read(kept)
+        self._failed: dict[str, float] = {}  # when, by time.monotonic
         self._locks = {engine.name: asyncio.Lock() for engine in engines}
 
     def engine(self, name: str) -> Engine:
@@ -46,15 +49,19 @@ class Placement:
         return next((engine for engine in self.engines if engine.name == name), Absent(name))
 
     async def probe(self, engine: Engine, *, again: bool = False) -> Probe:
-        """What a trial start of an engine found, once per boot."""
+        """What a trial start of an engine found: once per boot where it passed, after five minutes again where not."""
         async with self._locks[engine.name]:
-            if again or engine.name not in self._probes:
+            failed = self._failed.get(engine.name)
+            if again or engine.name not in self._probes or (failed and time.monotonic() >= failed + AGAIN_S):
                 try:
                     found = await asyncio.wait_for(engine.probe(), PROBE_S)
                 except TimeoutError:
                     found = Probe(False, None, f"no answer within {PROBE_S:.0f} seconds")
                 self._probes[engine.name] = found
-                probes = {name: asdict(probe) for name, probe in self._probes.items()}
+                self._failed.pop(engine.name, None)
+                if not found.ok:
+                    self._failed[engine.name] = time.monotonic()
+                probes = {name: asdict(probe) for name, probe in self._probes.items() if probe.ok}
                 write_json(self._kept, {"boot": _boot(), "probes": probes})
             return self._probes[engine.name]
 
