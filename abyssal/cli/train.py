@@ -36,19 +36,28 @@ Track = Annotated[list[str] | None, typer.Option(help="Also send the metrics to 
 def data(
     out: Annotated[Path | None, typer.Option(help="The folder to fill; default below ABYSSAL_HOME.")] = None,
     debian: Annotated[bool, typer.Option(help="Also fetch prose from Debian packages, with apt-get.")] = True,
+    against: Annotated[
+        list[Path] | None,
+        typer.Option(help="An evaluation set as JSON Lines, .gz or not: documents that share 13 words are left out."),
+    ] = None,
 ) -> None:
     """Build corpus, tokenizer and token files from packages: those of Python, and Debian's."""
+    from abyssal.train.data.contamination import items_of
     from abyssal.train.data.corpora import DEBIAN, DEFAULT, fetch
     from abyssal.train.data.prepare import prepare
 
     folder = out or _data_folder()
+    sets = {path.name: items_of(path) for path in against or ()}
     sources = list(DEFAULT)
     if debian:
         print("fetching packages", file=sys.stderr)
         fetch(DEBIAN, folder / "packages")
         sources += DEBIAN
     print("reading texts, learning the tokenizer", file=sys.stderr)
-    made = prepare(folder, sources, packages=folder / "packages" if debian else None)
+    made = prepare(folder, sources, packages=folder / "packages" if debian else None, evaluation=sets)
+    for name, counts in made["corpus"]["contamination"].items():
+        met, items, gone = counts["items_hit"], counts["items"], counts["documents_hit"]
+        print(f"{name}: {met} of {items} items met in the text, {gone} documents left out")
     for name, manifest in made["files"].items():
         print(f"{folder / name}.bin: {manifest['documents']:,} documents, {manifest['tokens']:,} tokens")
 

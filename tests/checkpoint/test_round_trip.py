@@ -21,12 +21,15 @@ from abyssal.checkpoint.release import Release
 from abyssal.checkpoint.save import convert, make_release, save_model
 from abyssal.checkpoint.shards import Shards
 from abyssal.checkpoint.stream import plan_stream, stream_logits
+from abyssal.cli.models import bundled_folder
+from abyssal.encoding.tokenizer import Tokenizer
 from abyssal.kernels.linear import dequantise
 from abyssal.model import Batch, Transformer
 from abyssal.quant.numerics import Numerics
 from tests.checkpoint.conftest import tiny_config
 from tests.oracle import hf
 
+README = Path(__file__).parents[2] / "README.md"
 IDS = [random.Random(3).randrange(150) for _ in range(140)]
 
 
@@ -207,12 +210,13 @@ def test_transformers_loads_quantised_folders(layout: str, releases: dict[str, P
     torch.testing.assert_close(ours(torch.tensor([IDS]))[0], hf.logits(theirs, IDS), rtol=0, atol=1e-4)
 
 
-def test_transformers_loads_the_shape_of_nano_and_gives_the_same_logits(tmp_path: Path) -> None:
+def test_transformers_gives_the_logits_of_the_bundled_model() -> None:
     """Scale tables of its partial blocks too, over ids enough for CSA to choose and HCA to have several blocks."""
-    make_release(preset("nano"), 1, "flash", tmp_path / "nano")
-    ids = [random.Random(4).randrange(4096) for _ in range(600)]
-    theirs, ours = load_expanded(tmp_path / "nano"), load_model(tmp_path / "nano")
-    assert len(ids) > 4 * ours.config.index_topk
+    folder = bundled_folder()
+    ids = Tokenizer(folder).encode(README.read_text(encoding="utf-8"))[:600]
+    theirs, ours = load_expanded(folder), load_model(folder)
+    assert ours.config.to_dict() == preset("nano").to_dict()
+    assert len(ids) == 600 > 4 * ours.config.index_topk
     torch.testing.assert_close(ours(torch.tensor([ids]))[0], hf.logits(theirs, ids), rtol=0, atol=1e-4)
 
 

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import gzip
+import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from abyssal.base.errors import DataError
 
 WORD = re.compile(r"[^\W_]+")
 RUN = 13
@@ -67,6 +73,35 @@ class Contamination:
             counts.runs_hit = len({words for words, _ in of_set})
             counts.items_hit = len({item for _, item in of_set})
         return {name: asdict(counts) for name, counts in self._counts.items()}
+
+
+def items_of(path: Path) -> list[str]:
+    """The items of an evaluation set: all that a line of a JSON Lines file says, gzipped or not.
+
+    Raises:
+        DataError: the file cannot be read, or a line is no JSON.
+    """
+    try:
+        data = path.read_bytes()
+        lines = (gzip.decompress(data) if path.suffix == ".gz" else data).decode().splitlines()
+    except (OSError, EOFError, ValueError) as error:
+        raise DataError(f"{path} is no evaluation set: {error}; give JSON Lines, which may be gzipped") from None
+    items = []
+    for number, line in enumerate(lines, 1):
+        if line.strip():
+            try:
+                items.append(" ".join(_texts(json.loads(line))))
+            except ValueError as error:
+                raise DataError(f"{path}, line {number}: {error}") from None
+    return items
+
+
+def _texts(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict | list):
+        for part in value.values() if isinstance(value, dict) else value:
+            yield from _texts(part)
 
 
 def runs(text: str, length: int) -> Iterable[str]:

@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
-from abyssal.train.data.contamination import Contamination
+import gzip
+from pathlib import Path
+
+import pytest
+
+from abyssal.base.errors import DataError
+from abyssal.train.data.contamination import Contamination, items_of
 
 WORDS = [f"w{i}" for i in range(40)]
 ITEM = " ".join(WORDS[:20])
@@ -39,3 +45,18 @@ def test_against_a_plain_comparison() -> None:
         windows = {tuple(item[i : i + run]) for i in range(len(item) - run + 1)}
         expected = any(tuple(text[i : i + run]) in windows for i in range(len(text) - run + 1))
         assert (Contamination({"x": [" ".join(item)]}, run).check(" ".join(text)) == {"x"}) is expected
+
+
+def test_items_are_all_that_a_line_says(tmp_path: Path) -> None:
+    lines = b'{"question": "what is it", "n": 3, "choices": ["this", {"label": "that"}]}\n\n"plain"\n'
+    (tmp_path / "set.jsonl").write_bytes(lines)
+    (tmp_path / "set.jsonl.gz").write_bytes(gzip.compress(lines))
+    for name in ("set.jsonl", "set.jsonl.gz"):
+        assert items_of(tmp_path / name) == ["what is it this that", "plain"]
+    (tmp_path / "bad.jsonl").write_bytes(b'{"a": "b"}\n{"a"\n')
+    with pytest.raises(DataError, match=r"bad\.jsonl, line 2: "):
+        items_of(tmp_path / "bad.jsonl")
+    (tmp_path / "cut.gz").write_bytes(gzip.compress(lines)[:-5])
+    for name in ("cut.gz", "none.jsonl"):
+        with pytest.raises(DataError, match="is no evaluation set"):
+            items_of(tmp_path / name)
