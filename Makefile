@@ -18,7 +18,7 @@ run: $(VENV)/.installed
 	@$(BIN)/abyssal serve --port $(PORT)
 
 test: $(VENV)/.installed-test browser lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 3
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .

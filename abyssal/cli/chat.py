@@ -62,8 +62,8 @@ def chat(
 ) -> None:
     """Talk to a model in the terminal.
 
-    An empty line or Ctrl-D ends, Ctrl-C stops an answer, /new forgets what was said. The bundled model is a base
-    model: it continues text and follows no instructions.
+    An empty line or Ctrl-D ends, Ctrl-C stops an answer, /new forgets what was said. The bundled model knows
+    small talk and little else.
     """
     if effort not in EFFORTS:
         raise InputError(f"unknown effort {effort!r}: choose from {', '.join(EFFORTS)}")

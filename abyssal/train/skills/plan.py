@@ -69,14 +69,14 @@ class Plan:
 
 # minutes on a small machine: while a run goes on
 QUICK = Plan((Stretch(1024, 33), Stretch(4096, 33)), tools=24, free=8, arithmetic=40, chat=12, copying=12, parts=24)
-# all that a model card tells, but for the texts of 1M tokens
+# all that a model card tells, but for the texts of 1M tokens; most of an hour on a small machine
 FULL = Plan(
-    (Stretch(4096, 110), Stretch(32768, 66, per_text=11), Stretch(131072, 44, per_text=22)),
-    tools=200,
-    free=60,
-    arithmetic=200,
-    chat=60,
-    copying=60,
+    (Stretch(4096, 66, per_text=3), Stretch(32768, 66, per_text=11), Stretch(131072, 44, per_text=22)),
+    tools=60,
+    free=20,
+    arithmetic=90,
+    chat=30,
+    copying=30,
 )
 # and one text of 1M tokens, with questions of all kinds about it
 MILLION = replace(FULL, retrieval=(*FULL.retrieval, Stretch(1 << 20, 22, per_text=22, joint=True)))
