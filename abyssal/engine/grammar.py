@@ -14,6 +14,8 @@ from numpy.typing import NDArray
 from abyssal.base.errors import InputError
 
 KEPT = 16  # compiled grammars: an agent comes back with the same tools at every turn
+# between JSON's marks, where the schema says nothing else: an unsure model would write blanks until its answer is cut
+JSON_STYLE = {"whitespace_pattern": r" |\n[ \t]{0,32}"}
 
 
 @dataclass(frozen=True)
@@ -21,7 +23,8 @@ class Grammar:
     """What an answer must match.
 
     Attributes:
-        kind: "json_schema" for a JSON schema, "lark" for a grammar in llguidance's Lark dialect, "regex".
+        kind: "json_schema" for a JSON schema, with a blank or an indented new line between its marks at most; "lark"
+            for a grammar in llguidance's Lark dialect; "regex".
         text: the schema, grammar or expression.
     """
 
@@ -66,7 +69,7 @@ class GrammarCompiler:
     def _compile(self, grammar: Grammar) -> Any:
         try:
             if grammar.kind == "json_schema":
-                compiled = llguidance.LLMatcher.grammar_from_json_schema(json.loads(grammar.text))
+                compiled = llguidance.LLMatcher.grammar_from_json_schema(json.loads(grammar.text), JSON_STYLE)
             elif grammar.kind == "lark":
                 compiled = llguidance.LLMatcher.grammar_from_lark(grammar.text)
             else:
