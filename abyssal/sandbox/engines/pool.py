@@ -210,7 +210,8 @@ class PoolBox:
 
     async def stop(self) -> None:
         self._stopped = True
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        while self._tasks:  # a call that ends meanwhile adds one
+            await asyncio.gather(*self._tasks, return_exceptions=True)
         for box in list(self._boxes.values()):
             await self._discard(box)
 
