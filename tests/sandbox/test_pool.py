@@ -12,7 +12,7 @@ import pytest
 from abyssal.sandbox.api import Box, Command, Spec
 from abyssal.sandbox.conformance.bench import SMALL, python, run
 from abyssal.sandbox.engines.bwrap import BwrapEngine
-from abyssal.sandbox.engines.pool import PoolEngine
+from abyssal.sandbox.engines.pool import WARM, PoolBox, PoolEngine
 from abyssal.sandbox.engines.runc import RuncEngine
 from abyssal.sandbox.errors import SandboxError, Unsupported
 from tests.sandbox.traces import traces
@@ -102,8 +102,16 @@ print(found, sum(name.isdigit() for name in os.listdir("/proc")))
 
 def test_more_calls_at_once_than_workers(state: Path) -> None:
     async def work(box: Box) -> None:
-        outcomes = await asyncio.gather(*(run(box, python(f"print({n})")) for n in range(5)))
-        assert sorted(each.stdout for each in outcomes) == [f"{n}\n" for n in range(5)]
+        gate = asyncio.Semaphore(5)
+
+        async def call(number: int) -> str:
+            async with gate:
+                return (await run(box, python(f"print({number})"))).stdout
+
+        outcomes = await asyncio.gather(*map(call, range(15)))
+        assert outcomes == [f"{n}\n" for n in range(15)]
+        assert isinstance(box, PoolBox)
+        assert box._count <= 15 + WARM, "no worker that nobody has asked for"
 
     with_box(state, work)
 

@@ -124,12 +124,12 @@ class PoolBox:
         self._tasks: set[asyncio.Task[None]] = set()
         self._boxes: dict[str, Box] = {}
         self._count = 0
+        self._made = self._wanted = 0  # workers that are being made, calls that wait for one
         self._stopped = False
 
     async def warm(self) -> None:
         """Have workers wait; returns when the first one does."""
-        for _ in range(WARM):
-            self._spawn(self._make())
+        self._top_up(WARM)
         first = await self._ready.get()
         if isinstance(first, SandboxError):
             raise first
@@ -139,6 +139,12 @@ class PoolBox:
         task = asyncio.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+
+    def _top_up(self, spare: int) -> None:
+        """Have a worker made for each call that waits, and some for those to come; no more, whoever asks."""
+        while not self._stopped and self._ready.qsize() + self._made < self._wanted + spare:
+            self._made += 1
+            self._spawn(self._make())
 
     async def _make(self) -> None:
         self._count += 1
@@ -162,14 +168,19 @@ class PoolBox:
             self._ready.put_nowait(error)
         except (AbyssalError, OSError) as error:
             self._ready.put_nowait(AgentLost("unknown", f"a worker could not be made: {error}"))
+        finally:
+            self._made -= 1
 
     async def start(self, command: Command) -> Process:
         if self._stopped:
             raise AgentLost("killed", "the sandbox was stopped")
         text = json.dumps(as_call(command, self._spec)).encode()
-        if self._ready.empty():
-            self._spawn(self._make())  # more calls at once than workers
-        worker = await self._ready.get()
+        self._wanted += 1
+        try:
+            self._top_up(0)  # what is to spare is made when the call is over
+            worker = await self._ready.get()
+        finally:
+            self._wanted -= 1
         if isinstance(worker, SandboxError):
             raise worker
         call = PoolProcess(worker.process, worker.events, command, lambda: self._spawn(self._replace(worker.box)))
@@ -182,8 +193,7 @@ class PoolBox:
         """Another worker for one that has served; made later, so as not to be in the way of the result."""
         await asyncio.sleep(AFTER_S)
         await self._discard(box)
-        if self._ready.qsize() < WARM and not self._stopped:
-            await self._make()
+        self._top_up(WARM)
 
     async def _discard(self, box: Box) -> None:
         self._boxes.pop(box.id, None)
