@@ -17,6 +17,7 @@ PORT ?= 8000
 run: $(VENV)/.installed
 	@$(BIN)/abyssal serve --port $(PORT)
 
+# three at once on two cores: many tests wait for machines and processes
 test: $(VENV)/.installed-test browser lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 3
 

@@ -83,7 +83,7 @@ def items_of(path: Path) -> list[str]:
     """
     try:
         data = path.read_bytes()
-        lines = (gzip.decompress(data) if path.suffix == ".gz" else data).decode().splitlines()
+        lines = (gzip.decompress(data) if path.suffix == ".gz" else data).decode().split("\n")
     except (OSError, EOFError, ValueError) as error:
         raise DataError(f"{path} is no evaluation set: {error}; give JSON Lines, which may be gzipped") from None
     items = []

@@ -48,11 +48,11 @@ def test_against_a_plain_comparison() -> None:
 
 
 def test_items_are_all_that_a_line_says(tmp_path: Path) -> None:
-    lines = b'{"question": "what is it", "n": 3, "choices": ["this", {"label": "that"}]}\n\n"plain"\n'
+    lines = b'{"question": "what is it", "n": 3, "choices": ["this", {"label": "th\xe2\x80\xa8at"}]}\n\n"plain"\n'
     (tmp_path / "set.jsonl").write_bytes(lines)
     (tmp_path / "set.jsonl.gz").write_bytes(gzip.compress(lines))
     for name in ("set.jsonl", "set.jsonl.gz"):
-        assert items_of(tmp_path / name) == ["what is it this that", "plain"]
+        assert items_of(tmp_path / name) == ["what is it this th\u2028at", "plain"]
     (tmp_path / "bad.jsonl").write_bytes(b'{"a": "b"}\n{"a"\n')
     with pytest.raises(DataError, match=r"bad\.jsonl, line 2: "):
         items_of(tmp_path / "bad.jsonl")
