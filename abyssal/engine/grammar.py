@@ -15,7 +15,7 @@ from abyssal.base.errors import InputError
 
 KEPT = 16  # compiled grammars: an agent comes back with the same tools at every turn
 # between JSON's marks, where the schema says nothing else: an unsure model would write blanks until its answer is cut
-JSON_STYLE = {"whitespace_pattern": r" |\n[ \t]{0,32}"}
+JSON_STYLE: Any = {"whitespace_pattern": r" |\n[ \t]{0,32}"}
 
 
 @dataclass(frozen=True)
