@@ -47,7 +47,11 @@ def data(
     from abyssal.train.data.prepare import prepare
 
     folder = out or _data_folder()
-    sets = {path.name: items_of(path) for path in against or ()}
+    sets: dict[str, list[str]] = {}
+    for path in against or ():
+        if path.name in sets:
+            raise InputError(f"two evaluation sets are called {path.name}: rename one, since counts are told by name")
+        sets[path.name] = items_of(path)
     sources = list(DEFAULT)
     if debian:
         print("fetching packages", file=sys.stderr)

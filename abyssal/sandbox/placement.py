@@ -58,8 +58,9 @@ class Placement:
                 except TimeoutError:
                     found = Probe(False, None, f"no answer within {PROBE_S:.0f} seconds")
                 self._probes[engine.name] = found
-                self._failed.pop(engine.name, None)
-                if not found.ok:
+                if found.ok:
+                    self._failed.pop(engine.name, None)
+                else:
                     self._failed[engine.name] = time.monotonic()
                 probes = {name: asdict(probe) for name, probe in self._probes.items() if probe.ok}
                 write_json(self._kept, {"boot": _boot(), "probes": probes})

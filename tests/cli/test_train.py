@@ -109,6 +109,8 @@ def test_torchrun_trains_on_two_processes(recipe: Path, tmp_path: Path) -> None:
         (["pretrain"], "tokenizer.json does not exist"),
         (["pretrain", "--recipe", "test", "--track", "paper", "--set", "pretrain.schedule.steps=1"], "no sink 'paper'"),
         (["sft", "--recipe", "test"], "has no [sft]"),
+        (["data", "--no-debian", "--against", "nowhere.jsonl"], "nowhere.jsonl is no evaluation set"),
+        (["data", "--no-debian", "--against", "/dev/null", "--against", "/dev/null"], "sets are called null"),
         (["export", "nowhere", "--out", "x"], "nowhere has no checkpoint"),
         (["report", "nowhere"], "nowhere holds no run"),
     ],
